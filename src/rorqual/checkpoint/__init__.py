@@ -1,0 +1,1 @@
+"""Model folders: Hugging Face safetensors and GGUF, names and shapes both ways."""

@@ -1,0 +1,1 @@
+"""From text to token shards to batches; knows no model."""

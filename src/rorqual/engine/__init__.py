@@ -1,0 +1,1 @@
+"""Requests, blocks, scheduler, runner, sampler: the inference engine."""

@@ -1,0 +1,1 @@
+"""Bits per byte, task accuracy and pass@k with intervals."""

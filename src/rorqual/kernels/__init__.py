@@ -1,0 +1,1 @@
+"""Each operation: a plain PyTorch reference that defines it, then faster twins."""

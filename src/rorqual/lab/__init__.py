@@ -1,0 +1,1 @@
+"""Experiments that start at once and earn their budget."""
