@@ -1,0 +1,139 @@
+"""Attention contexts: who may see what, and where keys come from. Layers own weights; a context owns cache and mask.
+
+`Causal` serves training and prefill of whole rows, `Cached` one contiguous cache; the engine brings a paged one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from rorqual.kernels.attention import attention, attention_reference
+
+if TYPE_CHECKING:
+    from rorqual.model.gqa import GQA
+    from rorqual.model.mla import MLA
+
+Form = Literal["auto", "expanded", "absorbed"]
+
+
+class Attend(Protocol):
+    """What an attention layer asks of its surroundings. *L is any leading shape: [B, T], or [N] in the engine."""
+
+    def mla(self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+        """q_nope [*L, H, n], q_rope [*L, H, R] rotated, c_kv [*L, C], k_rope [*L, R] rotated → [*L, H, v]."""
+
+    def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [*L, H, D], k [*L, Hkv, D], v [*L, Hkv, D] → [*L, H, D]."""
+
+    def previous_ids(self, ids: Tensor) -> Tensor:
+        """The token before each of `ids` [*L]; where none is, the token itself."""
+
+
+class Causal:
+    """Rows [B, T] that attend to themselves; with `document_ids` [B, T], only within one document."""
+
+    def __init__(self, document_ids: Tensor | None = None, plain: bool = False) -> None:
+        self.document_ids = document_ids
+        self.plain = plain  # the definition instead of the fused op, for tests
+        self._mask: Tensor | None = None
+
+    def mla(self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+        k_nope, v = attn.expand(c_kv)
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), -1)
+        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, attn.scale)
+
+    def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._attend(q, k, v, attn.scale)
+
+    def previous_ids(self, ids: Tensor) -> Tensor:
+        shifted = torch.cat((ids[..., :1], ids[..., :-1]), -1)
+        if self.document_ids is None:
+            return shifted
+        d = self.document_ids
+        first = torch.ones_like(d, dtype=torch.bool)
+        first[..., 1:] = d[..., 1:] != d[..., :-1]
+        return torch.where(first, ids, shifted)
+
+    def mask(self, length: int, device: torch.device) -> Tensor:
+        """[B or 1, 1, T, T]: true where the key is no later and of the same document."""
+        if self._mask is None:
+            self._mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+            if self.document_ids is not None:
+                d = self.document_ids
+                self._mask = self._mask & (d[:, None, :, None] == d[:, None, None, :])
+        return self._mask
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if self.plain:
+            return attention_reference(q, k, v, scale, self.mask(q.shape[2], q.device)).transpose(1, 2)
+        if self.document_ids is None:
+            return attention(q, k, v, scale, causal=True).transpose(1, 2)
+        return attention(q, k, v, scale, mask=self.mask(q.shape[2], q.device)).transpose(1, 2)
+
+
+@dataclass
+class KVCache:
+    """A contiguous cache: per layer the latent pair (c_kv [B, S, C], k_rope [B, S, R]) or k and v [B, S, Hkv, D].
+
+    `length` counts the tokens that are in; a forward pass over T tokens adds T to it once all layers have run.
+    """
+
+    layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    last_ids: Tensor | None = None  # [B], for models that look at the previous token
+
+    def extend(self, layer: int, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Append [B, T, …] to a layer and return the whole of it [B, S, …]."""
+        if layer in self.layers:
+            old_first, old_second = self.layers[layer]
+            first, second = torch.cat((old_first, first), 1), torch.cat((old_second, second), 1)
+        self.layers[layer] = (first, second)
+        return first, second
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[1] if 0 in self.layers else 0
+
+
+class Cached:
+    """New tokens [B, T] after the S - T that the cache holds; every row has the same length.
+
+    `form` chooses how MLA is computed; "auto" takes the absorbed form where the cache is longer than the chunk.
+    """
+
+    def __init__(self, cache: KVCache, form: Form = "auto", plain: bool = True) -> None:
+        self.cache = cache
+        self.form = form
+        self.plain = plain
+
+    def mla(self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+        new = c_kv.shape[1]
+        c_kv, k_rope = self.cache.extend(layer, c_kv, k_rope)
+        absorbed = self.form == "absorbed" or (self.form == "auto" and c_kv.shape[1] > 2 * new)
+        if absorbed:
+            q = torch.cat((attn.absorb_query(q_nope), q_rope), -1)
+            k = torch.cat((c_kv, k_rope), -1).unsqueeze(2)
+            return attn.expand_output(self._attend(q, k, c_kv.unsqueeze(2), attn.scale))
+        k_nope, v = attn.expand(c_kv)
+        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), -1)
+        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, attn.scale)
+
+    def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = self.cache.extend(layer, k, v)
+        return self._attend(q, k, v, attn.scale)
+
+    def previous_ids(self, ids: Tensor) -> Tensor:
+        before = ids[:, :1] if self.cache.last_ids is None else self.cache.last_ids[:, None]
+        self.cache.last_ids = ids[:, -1]
+        return torch.cat((before, ids[:, :-1]), 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        new, total = q.shape[1], k.shape[1]
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)[None, None]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        op = attention_reference if self.plain else attention
+        return op(q, k, v, scale, mask=mask).transpose(1, 2)

@@ -1,0 +1,376 @@
+"""A checkpoint's config.json is our config: the published Hugging Face keys, checked.
+
+`ModelConfig.from_hf` reads DeepseekV2, DeepseekV3 (also Moonlight and Kimi-K2), Glm4MoeLite, Llama, Qwen2 and Qwen3,
+and our own `RorqualForCausalLM`: the same keys plus the extensions at the end of `ModelConfig`, which no other
+program knows. A key that is neither read nor known to leave the maths alone stops the load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rorqual.errors import ConfigError
+
+RopeType = Literal["default", "linear", "yarn", "llama3"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. YaRN's constants are named as in the published configs (arXiv 2309.00071)."""
+
+    rope_theta: float = 10000.0
+    rope_type: RopeType = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one transformer. Derived sizes are properties; every field is a published key."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int = 0  # of grouped-query attention; 0 under MLA, which has its own four sizes
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    qkv_bias: bool = False  # Qwen2's biases on q, k and v
+    attention_bias: bool = False  # biases on q, k, v and o (Llama); on the low-rank inputs and o (MLA)
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query and key head before the rotation, as in Qwen3
+    # Multi-head Latent Attention, where kv_lora_rank is set
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    rope_interleave: bool = False
+    # DeepSeekMoE, where n_routed_experts is set
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "greedy"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    scale_after_norm: bool = True  # V3 normalises and then scales; V2's own code normalises or scales
+    aux_loss_alpha: float = 0.0  # V2's expert-level balance loss, or V3's sequence-wise one where seq_aux
+    seq_aux: bool = True
+    # Multi-token prediction modules after the last layer
+    num_nextn_predict_layers: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+    quantization_config: Mapping[str, Any] | None = None
+    # Our extensions (architecture RorqualForCausalLM): FLOP-free or nearly so, no other program reads them
+    logit_softcap: float | None = None  # c * tanh(logits / c)
+    value_embeddings: bool = False  # a gated table row of the token added to the values, on every other layer
+    ngram_table_size: int = 0  # rows of the table of hashed token pairs, added before each layer
+    x0_residual: bool = False  # each layer reads a learned mix of its input and the embeddings
+    smear: bool = False  # each embedding takes a gated part of its predecessor's
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def attention(self) -> Literal["mla", "gqa"]:
+        return "gqa" if self.kv_lora_rank is None else "mla"
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query head, rotary part included."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of a value head."""
+        return self.v_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        eos = self.eos_token_id
+        return () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """The names of our own options in use: such a model cannot be exported to other programs."""
+        names = []
+        if self.qk_norm and self.attention == "mla":
+            names.append("qk_norm")
+        for name in _EXTENSION_KEYS:
+            if getattr(self, name) != _DEFAULTS[name]:
+                names.append(name)
+        return tuple(names)
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether this layer's feed-forward part is a mixture of experts (MTP modules follow the last layer's kind)."""
+        return (
+            self.n_routed_experts > 0
+            and layer >= self.first_k_dense_replace
+            and layer % self.moe_layer_freq == 0
+        )
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Read the published keys. Raises ConfigError for an architecture or key that we do not know."""
+        return _from_hf(dict(config))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that transformers reads (with our extensions: that only we read)."""
+        return _to_hf(self)
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
+_EXTENSION_KEYS = ("logit_softcap", "value_embeddings", "ngram_table_size", "x0_residual", "smear")
+
+MODEL_TYPES = {
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "RorqualForCausalLM": "rorqual",
+}
+_DEEPSEEK = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM")
+
+# Keys that say nothing about the forward pass: book-keeping, training settings, cache and parallel layout.
+_HARMLESS = frozenset(
+    """architectures model_type auto_map transformers_version torch_dtype dtype use_cache _name_or_path
+    pretraining_tp attention_dropout hidden_dropout output_router_logits router_aux_loss_coef ep_size
+    return_dict output_attentions output_hidden_states is_encoder_decoder is_decoder add_cross_attention
+    chunk_size_feed_forward id2label label2id problem_type qk_head_dim task_specific_params use_mrope
+    num_local_experts max_window_layers sliding_window cross_attention_hidden_size rope_theta rope_scaling
+    rope_parameters transformers.js_config unsloth_fixed unsloth_version tokenizer_class bos_token eos_token
+    num_mtp_layers mtp_num_hidden_layers default_theta ignore_keys_at_rope_validation""".split()
+)
+_OPTIONAL_INT = ("q_lora_rank", "n_group", "topk_group", "pad_token_id", "bos_token_id")
+
+
+def _from_hf(tree: dict[str, Any]) -> ModelConfig:
+    architecture = _architecture(tree)
+    deepseek = architecture in _DEEPSEEK or (architecture == "RorqualForCausalLM" and tree.get("kv_lora_rank"))
+    known: dict[str, Any] = {"architecture": architecture, "rope": _read_rope(tree)}
+    names = {f.name for f in dataclasses.fields(ModelConfig)} - {"architecture", "rope"}
+    if architecture != "RorqualForCausalLM":
+        names -= {*_EXTENSION_KEYS, "qkv_bias", "scale_after_norm", *(() if architecture == "Qwen3ForCausalLM" else ("qk_norm",))}
+    for key, value in tree.items():
+        if key in names:
+            if value is not None:
+                known[key] = tuple(value) if isinstance(value, list) else value
+        elif key not in _HARMLESS and not _neutral(architecture, key, value, tree):
+            raise ConfigError(
+                f"config.json {key}={value!r}: not a key that {architecture} is known to read, so it may change the "
+                "maths; remove it if it is only a note"
+            )
+    if known.get("num_nextn_predict_layers") is None and tree.get("num_mtp_layers") is not None:
+        known["num_nextn_predict_layers"] = tree["num_mtp_layers"]
+    if architecture == "Qwen2ForCausalLM":
+        known["qkv_bias"] = True
+    if architecture == "Qwen3ForCausalLM":
+        known["qk_norm"] = True
+    heads = known.get("num_attention_heads")
+    if known.get("num_key_value_heads") is None and heads is not None:
+        known["num_key_value_heads"] = heads
+    if deepseek:
+        known["head_dim"] = 0  # transformers keeps qk_rope_head_dim under this name
+        _deepseek_defaults(architecture, known, tree)
+    elif not known.get("head_dim") and heads and known.get("hidden_size"):
+        known["head_dim"] = known["hidden_size"] // heads
+    known = {k: v for k, v in known.items() if k in names | {"architecture", "rope", "qkv_bias", "qk_norm", "scale_after_norm"}}
+    required = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in known]
+    if missing:
+        raise ConfigError(f"config.json of {architecture}: missing {', '.join(missing)}")
+    for key, value in known.items():
+        _check_type(key, value)
+    return ModelConfig(**known)
+
+
+def _architecture(tree: Mapping[str, Any]) -> str:
+    named = tree.get("architectures")
+    if named is None and tree.get("model_type") in MODEL_TYPES.values():
+        return next(a for a, t in MODEL_TYPES.items() if t == tree["model_type"])
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in MODEL_TYPES:
+        raise ConfigError(f"config.json architectures={named!r}: must be one of {', '.join(MODEL_TYPES)}")
+    return str(named[0])
+
+
+def _neutral(architecture: str, key: str, value: Any, tree: Mapping[str, Any]) -> bool:
+    """Keys that would change the maths, at the one value for which they do not."""
+    layers = tree.get("num_hidden_layers")
+    neutral: dict[str, Any] = {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "layer_types": ["full_attention"] * layers if isinstance(layers, int) else None,
+        "partial_rotary_factor": 1.0,
+        "mlp_bias": False,
+        "logits_scaling": 1.0,
+        "final_logit_softcapping": None,
+        "use_qk_norm": False,
+    }
+    if key == "mlp_layer_types" and isinstance(value, list) and isinstance(layers, int):
+        dense = sum(kind == "dense" for kind in value)
+        return value == ["dense"] * dense + ["sparse"] * (layers - dense)
+    return (key in neutral and value == neutral[key]) or value is None
+
+
+def _deepseek_defaults(architecture: str, known: dict[str, Any], tree: Mapping[str, Any]) -> None:
+    """What the published code assumes where a config leaves a key out."""
+    v2 = architecture == "DeepseekV2ForCausalLM"
+    if architecture != "RorqualForCausalLM":
+        known["scale_after_norm"] = not v2
+    if known.get("n_routed_experts"):
+        known.setdefault("scoring_func", "softmax" if v2 else "sigmoid")
+        known.setdefault("topk_method", "greedy" if v2 else "noaux_tc")
+        for key in ("n_group", "topk_group"):
+            known.setdefault(key, 1)
+        if not v2:
+            known.setdefault("norm_topk_prob", True)
+            known.setdefault("routed_scaling_factor", {"Glm4MoeLiteForCausalLM": 1.8}.get(architecture, 2.5))
+    kinds = tree.get("mlp_layer_types")
+    if architecture == "Glm4MoeLiteForCausalLM" and "first_k_dense_replace" not in known:
+        known["first_k_dense_replace"] = 1 if kinds is None else sum(kind == "dense" for kind in kinds)
+    known.setdefault("rope_interleave", True)
+
+
+def _read_rope(tree: Mapping[str, Any]) -> RopeConfig:
+    """Old files: rope_theta beside rope_scaling{type}; transformers 5: rope_parameters{rope_type, rope_theta}."""
+    scaling = dict(tree.get("rope_scaling") or {})
+    scaling.update(tree.get("rope_parameters") or {})
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    scaling.pop("type", None)
+    scaling.setdefault("rope_theta", tree.get("rope_theta") or 10000.0)
+    if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError("config.json rope partial_rotary_factor: only 1.0 is supported")
+    if kind not in ("default", "linear", "yarn", "llama3"):
+        raise ConfigError(f"config.json rope_type={kind!r}: must be one of default, linear, yarn, llama3")
+    truncate = scaling.pop("truncate", True)
+    if truncate is not True:
+        raise ConfigError(f"config.json rope truncate={truncate!r}: only true is supported")
+    fields = {f.name: f for f in dataclasses.fields(RopeConfig)}
+    unknown = sorted(set(scaling) - set(fields))
+    if unknown:
+        raise ConfigError(f"config.json rope {unknown[0]}={scaling[unknown[0]]!r}: unknown key; known: {', '.join(fields)}")
+    values = {k: v for k, v in scaling.items() if v is not None}
+    for key, value in values.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ConfigError(f"config.json rope {key}={value!r}: must be a number")
+    if kind != "default":
+        values.setdefault("original_max_position_embeddings", tree.get("max_position_embeddings"))
+        original = values["original_max_position_embeddings"]
+        if "factor" not in values:
+            if not original or not tree.get("max_position_embeddings"):
+                raise ConfigError(f"config.json rope_type={kind!r}: missing factor")
+            values["factor"] = tree["max_position_embeddings"] / original
+    return RopeConfig(rope_type=kind, **values)
+
+
+def _check_type(key: str, value: Any) -> None:
+    hint = str(ModelConfig.__dataclass_fields__[key].type)
+    if value is None and "None" in hint:
+        return
+    if hint == "bool":
+        ok = isinstance(value, bool)
+    elif hint.startswith("int"):
+        ok = (isinstance(value, int) and not isinstance(value, bool)) or ("tuple" in hint and isinstance(value, tuple))
+    elif hint.startswith("float"):
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    else:
+        return
+    if not ok:
+        raise ConfigError(f"config.json {key}={value!r}: must be {hint.replace(' | None', '')}")
+
+
+def _check(c: ModelConfig) -> None:
+    def need(ok: bool, name: str, rule: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name}={getattr(c, name)!r}: {rule}")
+
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        need(getattr(c, name) >= 1, name, "must be 1 or more")
+    need(c.num_attention_heads % c.num_key_value_heads == 0, "num_key_value_heads", f"must divide num_attention_heads={c.num_attention_heads}")
+    need(c.num_nextn_predict_layers >= 0, "num_nextn_predict_layers", "must be 0 or more")
+    need(c.logit_softcap is None or c.logit_softcap > 0, "logit_softcap", "must be above 0, or null")
+    need(c.ngram_table_size >= 0, "ngram_table_size", "must be 0 (off) or more")
+    need(c.rotary_dim % 2 == 0 and c.rotary_dim > 0, "qk_rope_head_dim" if c.attention == "mla" else "head_dim", "must be even and above 0")
+    if c.attention == "mla":
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            need((getattr(c, name) or 0) >= 1, name, "must be 1 or more under MLA")
+        need(c.q_lora_rank is None or c.q_lora_rank >= 1, "q_lora_rank", "must be 1 or more, or null for a plain query projection")
+        need(c.num_key_value_heads == c.num_attention_heads, "num_key_value_heads", "must equal num_attention_heads under MLA: all heads share one latent")
+        need(not c.qkv_bias, "qkv_bias", "is for grouped-query attention")
+    if c.n_routed_experts:
+        need(1 <= c.num_experts_per_tok <= c.n_routed_experts, "num_experts_per_tok", f"must be 1 to n_routed_experts={c.n_routed_experts}")
+        need(c.moe_intermediate_size >= 1, "moe_intermediate_size", "must be 1 or more")
+        need(c.n_group >= 1 and c.n_routed_experts % c.n_group == 0, "n_group", f"must divide n_routed_experts={c.n_routed_experts}")
+        need(1 <= c.topk_group <= c.n_group, "topk_group", f"must be 1 to n_group={c.n_group}")
+        need(c.topk_group * (c.n_routed_experts // c.n_group) >= c.num_experts_per_tok, "topk_group", "the kept groups must hold at least num_experts_per_tok experts")
+        need((c.topk_method == "noaux_tc") == (c.scoring_func == "sigmoid"), "topk_method", f"noaux_tc goes with sigmoid scores, not scoring_func={c.scoring_func!r}")
+        need(c.topk_method != "greedy" or c.n_group == 1 or c.topk_group == c.n_group, "topk_method", f"greedy ignores groups, but n_group={c.n_group} and topk_group={c.topk_group}")
+        need(c.topk_method != "noaux_tc" or c.n_group == 1 or c.n_routed_experts // c.n_group >= 2, "n_group", "groups are scored by their two best experts and must hold at least 2")
+    if c.extensions and c.architecture != "RorqualForCausalLM":
+        raise ConfigError(f"architecture={c.architecture!r}: {', '.join(c.extensions)} is an extension of RorqualForCausalLM")
+
+
+def _to_hf(c: ModelConfig) -> dict[str, Any]:
+    tree: dict[str, Any] = {"architectures": [c.architecture], "model_type": MODEL_TYPES[c.architecture]}
+    skip = {"architecture", "rope", "quantization_config"}
+    if c.architecture != "RorqualForCausalLM":
+        skip |= {*_EXTENSION_KEYS, "qkv_bias", "qk_norm", "scale_after_norm"}
+    if c.attention == "gqa":
+        skip |= {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"}
+        skip |= {"attention_bias", "mlp_bias"} if c.architecture == "Qwen2ForCausalLM" else set()
+        skip |= {"mlp_bias"} if c.architecture == "Qwen3ForCausalLM" else set()
+    else:
+        skip |= {"head_dim"}
+    if not c.n_routed_experts and c.architecture not in _DEEPSEEK:
+        skip |= {f.name for f in dataclasses.fields(c) if "expert" in f.name or f.name.startswith(("moe_", "topk_", "n_group", "norm_topk", "scoring", "routed", "aux_", "seq_aux", "first_k", "scale_after"))}
+    if c.architecture not in (*_DEEPSEEK, "RorqualForCausalLM"):
+        skip |= {"num_nextn_predict_layers"}
+    for f in dataclasses.fields(c):
+        if f.name not in skip:
+            value = getattr(c, f.name)
+            tree[f.name] = list(value) if isinstance(value, tuple) else value
+    tree["hidden_act"] = "silu"
+    rope = {k: v for k, v in dataclasses.asdict(c.rope).items() if v is not None}
+    keep = {
+        "default": {"rope_theta", "rope_type"},
+        "linear": {"rope_theta", "rope_type", "factor"},
+        "llama3": {"rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        "yarn": set(rope) - {"low_freq_factor", "high_freq_factor"},
+    }[c.rope.rope_type]
+    tree["rope_parameters"] = {k: v for k, v in rope.items() if k in keep}
+    tree["rope_theta"] = c.rope.rope_theta  # programs older than transformers 5 read it here
+    if c.rope.rope_type != "default":
+        tree["rope_scaling"] = {"type": c.rope.rope_type, **{k: v for k, v in tree["rope_parameters"].items() if k != "rope_theta"}}
+    if c.quantization_config is not None:
+        tree["quantization_config"] = dict(c.quantization_config)
+    return tree
