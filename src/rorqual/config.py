@@ -47,7 +47,9 @@ def read_tree(path: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, ValueError) as e:
         raise ConfigError(f"config file {path.resolve()}: not valid {path.suffix or 'TOML'} ({e})") from e
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path.resolve()}: the top level must be a table, not {type(tree).__name__}")
+        raise ConfigError(
+            f"config file {path.resolve()}: the top level must be a table, not {type(tree).__name__}"
+        )
     return tree
 
 
@@ -97,7 +99,9 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     for depth, name in enumerate(parents):
         child = tree.setdefault(name, {})
         if not isinstance(child, dict):
-            raise ConfigError(f"{'.'.join(parents[: depth + 1])}={child!r}: is a value, not a table, so {dotted!r} has no place")
+            raise ConfigError(
+                f"{'.'.join(parents[: depth + 1])}={child!r}: is a value, not a table, so {dotted!r} has no place"
+            )
         tree = child
     tree[leaf] = value
 
@@ -127,7 +131,9 @@ def _coerce(hint: Any, value: Any, dotted: str) -> Any:
                 errors.append(e)
         raise errors[0] if len(errors) == 1 else ConfigError(f"{dotted}={value!r}: must be {_name(hint)}")
     if origin is Literal:
-        if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args if a == value):
+        if value not in args or isinstance(value, bool) != any(
+            isinstance(a, bool) for a in args if a == value
+        ):
             raise ConfigError(f"{dotted}={value!r}: must be one of {', '.join(map(repr, args))}")
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
@@ -140,7 +146,9 @@ def _coerce(hint: Any, value: Any, dotted: str) -> Any:
         if origin is tuple and args and args[-1] is not Ellipsis:
             if len(value) != len(args):
                 raise ConfigError(f"{dotted}={value!r}: must have {len(args)} items")
-            return tuple(_coerce(a, v, f"{dotted}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+            return tuple(
+                _coerce(a, v, f"{dotted}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
+            )
         item = args[0] if args else Any
         items = [_coerce(item, v, f"{dotted}[{i}]") for i, v in enumerate(value)]
         return tuple(items) if origin is tuple else items

@@ -1,7 +1,8 @@
 """What Rorqual says to a person who gave it something it cannot use.
 
-Every error that a user can cause derives from `RorqualError`; the command line prints it as one line and exits
-with 2. A message names the field, its value and the cure. Our own mistakes are assertions and keep their traceback.
+Every error that a user can cause derives from `RorqualError`; the command line prints it as one line and
+exits with 2. A message names the field, its value and the cure. Our own mistakes are assertions and keep
+their traceback.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class DataError(RorqualError):
 
 
 class CapacityError(RorqualError):
-    """The work does not fit this machine; the message says what is needed, what is there and what would fit."""
+    """The work does not fit this machine; the message says what is needed, what is there and what would
+    fit."""
 
 
 class NumericsError(RorqualError):
@@ -42,7 +44,8 @@ class RunError(RorqualError):
 class RequestError(RorqualError):
     """A generation request is invalid. `param` is the dotted field; `code` a short machine-readable cause.
 
-    >>> raise RequestError("temperature=-1: must be 0 (greedy) to 2", param="temperature", code="invalid_value")
+    >>> raise RequestError("temperature=-1: must be 0 (greedy) to 2", param="temperature",
+    code="invalid_value")
     """
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_value") -> None:

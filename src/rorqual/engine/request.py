@@ -18,7 +18,8 @@ class TokenMask(Protocol):
     """Which tokens a grammar allows next. One object serves one completion; the engine drives it."""
 
     def allowed(self) -> bytes | None:
-        """A bit mask of ceil(V/8) bytes, bit i (little endian within a byte) set where token i is allowed; None: all."""
+        """A bit mask of ceil(V/8) bytes, bit i (little endian within a byte) set where token i is allowed;
+        None: all."""
 
     def accept(self, token_id: int) -> None:
         """The sampled token; called once per token, in order."""

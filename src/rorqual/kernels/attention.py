@@ -1,7 +1,7 @@
 """Softmax attention: the plain definition and torch's fused form.
 
-Shapes: q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], mask [B or 1, 1, T, S] true where a key may be seen.
-A row that may see no key gives zeros, never NaN (ikawrakow/ik_llama.cpp#2344).
+Shapes: q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], mask [B or 1, 1, T, S] true where a key may be
+seen. A row that may see no key gives zeros, never NaN (ikawrakow/ik_llama.cpp#2344).
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Ten
     return weights.to(v.dtype) @ v
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
     """torch's fused attention for the same contract. `causal` is for T == S without a mask.
 
     The CPU kernel wants values as wide as keys, so narrower ones are padded with zeros and cut again.

@@ -1,6 +1,8 @@
-"""Attention contexts: who may see what, and where keys come from. Layers own weights; a context owns cache and mask.
+"""Attention contexts: who may see what, and where keys come from. Layers own weights; a context owns cache
+and mask.
 
-`Causal` serves training and prefill of whole rows, `Cached` one contiguous cache; the engine brings a paged one.
+`Causal` serves training and prefill of whole rows, `Cached` one contiguous cache; the engine brings a paged
+one.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ Form = Literal["auto", "expanded", "absorbed"]
 
 
 class Attend(Protocol):
-    """What an attention layer asks of its surroundings. *L is any leading shape: [B, T], or [N] in the engine."""
+    """What an attention layer asks of its surroundings. *L is any leading shape: [B, T], or [N] in the
+    engine."""
 
-    def mla(self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+    def mla(
+        self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
+    ) -> Tensor:
         """q_nope [*L, H, n], q_rope [*L, H, R] rotated, c_kv [*L, C], k_rope [*L, R] rotated → [*L, H, v]."""
 
     def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,7 +46,9 @@ class Causal:
         self.plain = plain  # the definition instead of the fused op, for tests
         self._mask: Tensor | None = None
 
-    def mla(self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+    def mla(
+        self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
+    ) -> Tensor:
         k_nope, v = attn.expand(c_kv)
         k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), -1)
         return self._attend(torch.cat((q_nope, q_rope), -1), k, v, attn.scale)
@@ -78,9 +85,11 @@ class Causal:
 
 @dataclass
 class KVCache:
-    """A contiguous cache: per layer the latent pair (c_kv [B, S, C], k_rope [B, S, R]) or k and v [B, S, Hkv, D].
+    """A contiguous cache: per layer the latent pair (c_kv [B, S, C], k_rope [B, S, R]) or k and v [B, S, Hkv,
+    D].
 
-    `length` counts the tokens that are in; a forward pass over T tokens adds T to it once all layers have run.
+    `length` counts the tokens that are in; a forward pass over T tokens adds T to it once all layers have
+    run.
     """
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -102,7 +111,8 @@ class KVCache:
 class Cached:
     """New tokens [B, T] after the S - T that the cache holds; every row has the same length.
 
-    `form` chooses how MLA is computed; "auto" takes the absorbed form where the cache is longer than the chunk.
+    `form` chooses how MLA is computed; "auto" takes the absorbed form where the cache is longer than the
+    chunk.
     """
 
     def __init__(self, cache: KVCache, form: Form = "auto", plain: bool = True) -> None:
@@ -110,7 +120,9 @@ class Cached:
         self.form = form
         self.plain = plain
 
-    def mla(self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor) -> Tensor:
+    def mla(
+        self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
+    ) -> Tensor:
         new = c_kv.shape[1]
         c_kv, k_rope = self.cache.extend(layer, c_kv, k_rope)
         absorbed = self.form == "absorbed" or (self.form == "auto" and c_kv.shape[1] > 2 * new)

@@ -1,8 +1,8 @@
 """A checkpoint's config.json is our config: the published Hugging Face keys, checked.
 
-`ModelConfig.from_hf` reads DeepseekV2, DeepseekV3 (also Moonlight and Kimi-K2), Glm4MoeLite, Llama, Qwen2 and Qwen3,
-and our own `RorqualForCausalLM`: the same keys plus the extensions at the end of `ModelConfig`, which no other
-program knows. A key that is neither read nor known to leave the maths alone stops the load.
+`ModelConfig.from_hf` reads DeepseekV2, DeepseekV3 (also Moonlight and Kimi-K2), Glm4MoeLite, Llama, Qwen2 and
+Qwen3, and our own `RorqualForCausalLM`: the same keys plus the extensions at the end of `ModelConfig`, which
+no other program knows. A key that is neither read nor known to leave the maths alone stops the load.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ RopeType = Literal["default", "linear", "yarn", "llama3"]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. YaRN's constants are named as in the published configs (arXiv 2309.00071)."""
+    """Rotary position embedding. YaRN's constants are named as in the published configs (arXiv
+    2309.00071)."""
 
     rope_theta: float = 10000.0
     rope_type: RopeType = "default"
@@ -130,7 +131,8 @@ class ModelConfig:
         return tuple(names)
 
     def is_moe(self, layer: int) -> bool:
-        """Whether this layer's feed-forward part is a mixture of experts (MTP modules follow the last layer's kind)."""
+        """Whether this layer's feed-forward part is a mixture of experts (MTP modules follow the last layer's
+        kind)."""
         return (
             self.n_routed_experts > 0
             and layer >= self.first_k_dense_replace
@@ -162,25 +164,34 @@ MODEL_TYPES = {
 _DEEPSEEK = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM")
 
 # Keys that say nothing about the forward pass: book-keeping, training settings, cache and parallel layout.
-_HARMLESS = frozenset(
-    """architectures model_type auto_map transformers_version torch_dtype dtype use_cache _name_or_path
-    pretraining_tp attention_dropout hidden_dropout output_router_logits router_aux_loss_coef ep_size
-    return_dict output_attentions output_hidden_states is_encoder_decoder is_decoder add_cross_attention
-    chunk_size_feed_forward id2label label2id problem_type qk_head_dim task_specific_params use_mrope
-    num_local_experts max_window_layers sliding_window cross_attention_hidden_size rope_theta rope_scaling
-    rope_parameters transformers.js_config unsloth_fixed unsloth_version tokenizer_class bos_token eos_token
-    num_mtp_layers mtp_num_hidden_layers default_theta ignore_keys_at_rope_validation""".split()
-)
-_OPTIONAL_INT = ("q_lora_rank", "n_group", "topk_group", "pad_token_id", "bos_token_id")
+# fmt: off
+_HARMLESS = frozenset({
+    "architectures", "model_type", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "_name_or_path", "pretraining_tp", "attention_dropout", "hidden_dropout", "output_router_logits",
+    "router_aux_loss_coef", "ep_size", "return_dict", "output_attentions", "output_hidden_states",
+    "is_encoder_decoder", "is_decoder", "add_cross_attention", "chunk_size_feed_forward", "id2label",
+    "label2id", "problem_type", "qk_head_dim", "task_specific_params", "num_local_experts",
+    "max_window_layers", "sliding_window", "cross_attention_hidden_size", "rope_theta", "rope_scaling",
+    "rope_parameters", "tokenizer_class", "num_mtp_layers", "default_theta",
+    "ignore_keys_at_rope_validation",
+})
+# fmt: on
 
 
 def _from_hf(tree: dict[str, Any]) -> ModelConfig:
     architecture = _architecture(tree)
-    deepseek = architecture in _DEEPSEEK or (architecture == "RorqualForCausalLM" and tree.get("kv_lora_rank"))
+    deepseek = architecture in _DEEPSEEK or (
+        architecture == "RorqualForCausalLM" and tree.get("kv_lora_rank")
+    )
     known: dict[str, Any] = {"architecture": architecture, "rope": _read_rope(tree)}
     names = {f.name for f in dataclasses.fields(ModelConfig)} - {"architecture", "rope"}
     if architecture != "RorqualForCausalLM":
-        names -= {*_EXTENSION_KEYS, "qkv_bias", "scale_after_norm", *(() if architecture == "Qwen3ForCausalLM" else ("qk_norm",))}
+        names -= {
+            *_EXTENSION_KEYS,
+            "qkv_bias",
+            "scale_after_norm",
+            *(() if architecture == "Qwen3ForCausalLM" else ("qk_norm",)),
+        }
     for key, value in tree.items():
         if key in names:
             if value is not None:
@@ -204,8 +215,16 @@ def _from_hf(tree: dict[str, Any]) -> ModelConfig:
         _deepseek_defaults(architecture, known, tree)
     elif not known.get("head_dim") and heads and known.get("hidden_size"):
         known["head_dim"] = known["hidden_size"] // heads
-    known = {k: v for k, v in known.items() if k in names | {"architecture", "rope", "qkv_bias", "qk_norm", "scale_after_norm"}}
-    required = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    known = {
+        k: v
+        for k, v in known.items()
+        if k in names | {"architecture", "rope", "qkv_bias", "qk_norm", "scale_after_norm"}
+    }
+    required = [
+        f.name
+        for f in dataclasses.fields(ModelConfig)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     missing = [name for name in required if name not in known]
     if missing:
         raise ConfigError(f"config.json of {architecture}: missing {', '.join(missing)}")
@@ -262,7 +281,8 @@ def _deepseek_defaults(architecture: str, known: dict[str, Any], tree: Mapping[s
 
 
 def _read_rope(tree: Mapping[str, Any]) -> RopeConfig:
-    """Old files: rope_theta beside rope_scaling{type}; transformers 5: rope_parameters{rope_type, rope_theta}."""
+    """Old files: rope_theta beside rope_scaling{type}; transformers 5: rope_parameters{rope_type,
+    rope_theta}."""
     scaling = dict(tree.get("rope_scaling") or {})
     scaling.update(tree.get("rope_parameters") or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
@@ -278,7 +298,9 @@ def _read_rope(tree: Mapping[str, Any]) -> RopeConfig:
     fields = {f.name: f for f in dataclasses.fields(RopeConfig)}
     unknown = sorted(set(scaling) - set(fields))
     if unknown:
-        raise ConfigError(f"config.json rope {unknown[0]}={scaling[unknown[0]]!r}: unknown key; known: {', '.join(fields)}")
+        raise ConfigError(
+            f"config.json rope {unknown[0]}={scaling[unknown[0]]!r}: unknown key; known: {', '.join(fields)}"
+        )
     values = {k: v for k, v in scaling.items() if v is not None}
     for key, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
@@ -300,7 +322,9 @@ def _check_type(key: str, value: Any) -> None:
     if hint == "bool":
         ok = isinstance(value, bool)
     elif hint.startswith("int"):
-        ok = (isinstance(value, int) and not isinstance(value, bool)) or ("tuple" in hint and isinstance(value, tuple))
+        ok = (isinstance(value, int) and not isinstance(value, bool)) or (
+            "tuple" in hint and isinstance(value, tuple)
+        )
     elif hint.startswith("float"):
         ok = isinstance(value, (int, float)) and not isinstance(value, bool)
     else:
@@ -314,30 +338,79 @@ def _check(c: ModelConfig) -> None:
         if not ok:
             raise ConfigError(f"{name}={getattr(c, name)!r}: {rule}")
 
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ):
         need(getattr(c, name) >= 1, name, "must be 1 or more")
-    need(c.num_attention_heads % c.num_key_value_heads == 0, "num_key_value_heads", f"must divide num_attention_heads={c.num_attention_heads}")
+    need(
+        c.num_attention_heads % c.num_key_value_heads == 0,
+        "num_key_value_heads",
+        f"must divide num_attention_heads={c.num_attention_heads}",
+    )
     need(c.num_nextn_predict_layers >= 0, "num_nextn_predict_layers", "must be 0 or more")
     need(c.logit_softcap is None or c.logit_softcap > 0, "logit_softcap", "must be above 0, or null")
     need(c.ngram_table_size >= 0, "ngram_table_size", "must be 0 (off) or more")
-    need(c.rotary_dim % 2 == 0 and c.rotary_dim > 0, "qk_rope_head_dim" if c.attention == "mla" else "head_dim", "must be even and above 0")
+    need(
+        c.rotary_dim % 2 == 0 and c.rotary_dim > 0,
+        "qk_rope_head_dim" if c.attention == "mla" else "head_dim",
+        "must be even and above 0",
+    )
     if c.attention == "mla":
         for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
             need((getattr(c, name) or 0) >= 1, name, "must be 1 or more under MLA")
-        need(c.q_lora_rank is None or c.q_lora_rank >= 1, "q_lora_rank", "must be 1 or more, or null for a plain query projection")
-        need(c.num_key_value_heads == c.num_attention_heads, "num_key_value_heads", "must equal num_attention_heads under MLA: all heads share one latent")
+        need(
+            c.q_lora_rank is None or c.q_lora_rank >= 1,
+            "q_lora_rank",
+            "must be 1 or more, or null for a plain query projection",
+        )
+        need(
+            c.num_key_value_heads == c.num_attention_heads,
+            "num_key_value_heads",
+            "must equal num_attention_heads under MLA: all heads share one latent",
+        )
         need(not c.qkv_bias, "qkv_bias", "is for grouped-query attention")
     if c.n_routed_experts:
-        need(1 <= c.num_experts_per_tok <= c.n_routed_experts, "num_experts_per_tok", f"must be 1 to n_routed_experts={c.n_routed_experts}")
+        need(
+            1 <= c.num_experts_per_tok <= c.n_routed_experts,
+            "num_experts_per_tok",
+            f"must be 1 to n_routed_experts={c.n_routed_experts}",
+        )
         need(c.moe_intermediate_size >= 1, "moe_intermediate_size", "must be 1 or more")
-        need(c.n_group >= 1 and c.n_routed_experts % c.n_group == 0, "n_group", f"must divide n_routed_experts={c.n_routed_experts}")
+        need(
+            c.n_group >= 1 and c.n_routed_experts % c.n_group == 0,
+            "n_group",
+            f"must divide n_routed_experts={c.n_routed_experts}",
+        )
         need(1 <= c.topk_group <= c.n_group, "topk_group", f"must be 1 to n_group={c.n_group}")
-        need(c.topk_group * (c.n_routed_experts // c.n_group) >= c.num_experts_per_tok, "topk_group", "the kept groups must hold at least num_experts_per_tok experts")
-        need((c.topk_method == "noaux_tc") == (c.scoring_func == "sigmoid"), "topk_method", f"noaux_tc goes with sigmoid scores, not scoring_func={c.scoring_func!r}")
-        need(c.topk_method != "greedy" or c.n_group == 1 or c.topk_group == c.n_group, "topk_method", f"greedy ignores groups, but n_group={c.n_group} and topk_group={c.topk_group}")
-        need(c.topk_method != "noaux_tc" or c.n_group == 1 or c.n_routed_experts // c.n_group >= 2, "n_group", "groups are scored by their two best experts and must hold at least 2")
+        need(
+            c.topk_group * (c.n_routed_experts // c.n_group) >= c.num_experts_per_tok,
+            "topk_group",
+            "the kept groups must hold at least num_experts_per_tok experts",
+        )
+        need(
+            (c.topk_method == "noaux_tc") == (c.scoring_func == "sigmoid"),
+            "topk_method",
+            f"noaux_tc goes with sigmoid scores, not scoring_func={c.scoring_func!r}",
+        )
+        need(
+            c.topk_method != "greedy" or c.n_group == 1 or c.topk_group == c.n_group,
+            "topk_method",
+            f"greedy ignores groups, but n_group={c.n_group} and topk_group={c.topk_group}",
+        )
+        need(
+            c.topk_method != "noaux_tc" or c.n_group == 1 or c.n_routed_experts // c.n_group >= 2,
+            "n_group",
+            "groups are scored by their two best experts and must hold at least 2",
+        )
     if c.extensions and c.architecture != "RorqualForCausalLM":
-        raise ConfigError(f"architecture={c.architecture!r}: {', '.join(c.extensions)} is an extension of RorqualForCausalLM")
+        raise ConfigError(
+            f"architecture={c.architecture!r}: {', '.join(c.extensions)} is an extension of RorqualForCausalLM"
+        )
 
 
 def _to_hf(c: ModelConfig) -> dict[str, Any]:
@@ -346,13 +419,38 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
     if c.architecture != "RorqualForCausalLM":
         skip |= {*_EXTENSION_KEYS, "qkv_bias", "qk_norm", "scale_after_norm"}
     if c.attention == "gqa":
-        skip |= {"q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"}
+        skip |= {
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "rope_interleave",
+        }
         skip |= {"attention_bias", "mlp_bias"} if c.architecture == "Qwen2ForCausalLM" else set()
         skip |= {"mlp_bias"} if c.architecture == "Qwen3ForCausalLM" else set()
     else:
         skip |= {"head_dim"}
     if not c.n_routed_experts and c.architecture not in _DEEPSEEK:
-        skip |= {f.name for f in dataclasses.fields(c) if "expert" in f.name or f.name.startswith(("moe_", "topk_", "n_group", "norm_topk", "scoring", "routed", "aux_", "seq_aux", "first_k", "scale_after"))}
+        skip |= {
+            f.name
+            for f in dataclasses.fields(c)
+            if "expert" in f.name
+            or f.name.startswith(
+                (
+                    "moe_",
+                    "topk_",
+                    "n_group",
+                    "norm_topk",
+                    "scoring",
+                    "routed",
+                    "aux_",
+                    "seq_aux",
+                    "first_k",
+                    "scale_after",
+                )
+            )
+        }
     if c.architecture not in (*_DEEPSEEK, "RorqualForCausalLM"):
         skip |= {"num_nextn_predict_layers"}
     for f in dataclasses.fields(c):
@@ -364,13 +462,23 @@ def _to_hf(c: ModelConfig) -> dict[str, Any]:
     keep = {
         "default": {"rope_theta", "rope_type"},
         "linear": {"rope_theta", "rope_type", "factor"},
-        "llama3": {"rope_theta", "rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        "llama3": {
+            "rope_theta",
+            "rope_type",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        },
         "yarn": set(rope) - {"low_freq_factor", "high_freq_factor"},
     }[c.rope.rope_type]
     tree["rope_parameters"] = {k: v for k, v in rope.items() if k in keep}
     tree["rope_theta"] = c.rope.rope_theta  # programs older than transformers 5 read it here
     if c.rope.rope_type != "default":
-        tree["rope_scaling"] = {"type": c.rope.rope_type, **{k: v for k, v in tree["rope_parameters"].items() if k != "rope_theta"}}
+        tree["rope_scaling"] = {
+            "type": c.rope.rope_type,
+            **{k: v for k, v in tree["rope_parameters"].items() if k != "rope_theta"},
+        }
     if c.quantization_config is not None:
         tree["quantization_config"] = dict(c.quantization_config)
     return tree

@@ -1,4 +1,5 @@
-"""Grouped-query attention (arXiv 2305.13245): the Llama and Qwen form, multi-head where the head counts are equal."""
+"""Grouped-query attention (arXiv 2305.13245): the Llama and Qwen form, multi-head where the head counts are
+equal."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class GQA(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, value: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, value: Tensor | None = None
+    ) -> Tensor:
         """x [*L, hidden] → [*L, hidden]. `value` [*L, Hkv * D], where given, is added to the values."""
         q = self.q_proj(x).unflatten(-1, (self.num_heads, -1))
         k = self.k_proj(x).unflatten(-1, (self.num_key_value_heads, -1))

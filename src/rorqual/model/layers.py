@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def apply_keeping_float32(
+    module: M, apply: Callable[..., Any], fn: Callable[[Tensor], Tensor], name: str
+) -> M:
+    """`nn.Module._apply` for a module whose buffer `name` follows to other devices but never leaves
+    float32."""
+    kept = module._buffers.get(name)
+    apply(fn)
+    moved = module._buffers.get(name)
+    if kept is not None and moved is not None and moved.dtype != torch.float32:
+        module._buffers[name] = kept.to(moved.device)
+    return module
 
 
 class RMSNorm(nn.Module):

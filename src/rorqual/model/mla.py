@@ -1,8 +1,8 @@
 """Multi-head Latent Attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-A token leaves only its normalised latent c_kv [C] and one rotated key k_rope [R], shared by all heads, in the cache.
-`Attend` contexts compute the attention in either form: expanded, with keys and values of each head, or absorbed,
-where kv_b_proj's key half moves into the query and its value half behind the softmax.
+A token leaves only its normalised latent c_kv [C] and one rotated key k_rope [R], shared by all heads, in the
+cache. `Attend` contexts compute the attention in either form: expanded, with keys and values of each head, or
+absorbed, where kv_b_proj's key half moves into the query and its value half behind the softmax.
 """
 
 from __future__ import annotations
@@ -43,14 +43,20 @@ class MLA(nn.Module):
         self.q_lora_rank = config.q_lora_rank
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
+        )
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden, bias=bias)
-        # The latent's norm already bounds the keys; only the query and the shared rotary key need one of their own.
+        # The latent's norm already bounds the keys; only the query and the shared rotary key need one of
+        # their own.
         self.q_norm = RMSNorm(config.qk_head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.qk_rope_head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, value: Tensor | None = None) -> Tensor:
-        """x [*L, hidden] → [*L, hidden]. `value` [*L, C], where given, is added to the latent (value embeddings)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, value: Tensor | None = None
+    ) -> Tensor:
+        """x [*L, hidden] → [*L, hidden]. `value` [*L, C], where given, is added to the latent (value
+        embeddings)."""
         q_nope, q_rope = self.query(x, cos, sin)
         c_kv, k_rope = self.latent(x, cos, sin)
         if value is not None:
@@ -61,7 +67,11 @@ class MLA(nn.Module):
 
     def query(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x [*L, hidden] → q_nope [*L, H, n] and the rotated q_rope [*L, H, R]."""
-        q = self.q_proj(x) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = (
+            self.q_proj(x)
+            if self.q_lora_rank is None
+            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        )
         q = q.unflatten(-1, (self.num_heads, -1))
         if self.q_norm is not None:
             q = self.q_norm(q)
