@@ -100,7 +100,7 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
         child = tree.setdefault(name, {})
         if not isinstance(child, dict):
             raise ConfigError(
-                f"{'.'.join(parents[: depth + 1])}={child!r}: is a value, not a table, so {dotted!r} has no place"
+                f"{'.'.join(parents[: depth + 1])}={child!r}: a value, so {dotted!r} has no place"
             )
         tree = child
     tree[leaf] = value

@@ -97,7 +97,7 @@ def measure_limits(seconds: float = 0.3) -> Limits:
     peaks = {}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(1024, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-        peaks[dtype] = 2 * 1024 * 2048 * 2048 / _best(lambda a=a, b=b: a @ b, seconds)  # type: ignore[misc]
+        peaks[dtype] = 2 * 1024 * 2048 * 2048 / _best(lambda a=a, b=b: a @ b, seconds)
     return Limits(bandwidth, peaks[torch.float32], peaks[torch.bfloat16])
 
 

@@ -198,8 +198,8 @@ def _from_hf(tree: dict[str, Any]) -> ModelConfig:
                 known[key] = tuple(value) if isinstance(value, list) else value
         elif key not in _HARMLESS and not _neutral(architecture, key, value, tree):
             raise ConfigError(
-                f"config.json {key}={value!r}: not a key that {architecture} is known to read, so it may change the "
-                "maths; remove it if it is only a note"
+                f"config.json {key}={value!r}: not a key that {architecture} is known to read, so it may "
+                "change the maths; remove it if it is only a note"
             )
     if known.get("num_nextn_predict_layers") is None and tree.get("num_mtp_layers") is not None:
         known["num_nextn_predict_layers"] = tree["num_mtp_layers"]
@@ -409,7 +409,7 @@ def _check(c: ModelConfig) -> None:
         )
     if c.extensions and c.architecture != "RorqualForCausalLM":
         raise ConfigError(
-            f"architecture={c.architecture!r}: {', '.join(c.extensions)} is an extension of RorqualForCausalLM"
+            f"architecture={c.architecture!r}: {', '.join(c.extensions)} needs RorqualForCausalLM"
         )
 
 

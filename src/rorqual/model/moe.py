@@ -41,14 +41,15 @@ class Routing:
 class Router(nn.Module):
     """Scores, choice and weights of experts for each token."""
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        if config.topk_method == "noaux_tc":
-            self.register_buffer(
-                "e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32)
-            )
+        biased = config.topk_method == "noaux_tc"
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if biased else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Moves and casts as always, but for the selection bias, which stays in float32."""

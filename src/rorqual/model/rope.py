@@ -27,11 +27,12 @@ def inv_freq(rope: RopeConfig, dim: int) -> Tensor:
 
 def _yarn(freq: Tensor, rope: RopeConfig, dim: int) -> Tensor:
     """Slow rotations are interpolated, fast ones kept, a ramp between (arXiv 2309.00071, section 3.2)."""
-    assert rope.original_max_position_embeddings is not None
+    context = rope.original_max_position_embeddings
+    assert context is not None
 
     def dimension(rotations: float) -> float:
         """The dimension whose wave makes this many rotations over the original context."""
-        wave = rope.original_max_position_embeddings / (rotations * 2 * math.pi)  # type: ignore[operator]
+        wave = context / (rotations * 2 * math.pi)
         return dim * math.log(wave) / (2 * math.log(rope.rope_theta))
 
     low = max(math.floor(dimension(rope.beta_fast)), 0)
