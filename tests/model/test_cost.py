@@ -82,7 +82,11 @@ def test_tables_are_parameters_without_flops() -> None:
 
     tabled = cost(
         dataclasses.replace(
-            base, architecture="RorqualForCausalLM", ngram_table_size=1000, value_embeddings=True, x0_residual=True
+            base,
+            architecture="RorqualForCausalLM",
+            ngram_table_size=1000,
+            value_embeddings=True,
+            x0_residual=True,
         )
     )
     assert tabled.tables == 1000 * 576 + 15 * 49152 * 192

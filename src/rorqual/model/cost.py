@@ -35,7 +35,9 @@ class Cost:
         """Score and value products of one new token over `context` tokens, all layers."""
         c = self.config
         assert not absorbed or c.kv_lora_rank is not None
-        widths = (c.kv_lora_rank or 0) * 2 + c.qk_rope_head_dim if absorbed else c.qk_head_dim + c.value_head_dim
+        widths = (
+            (c.kv_lora_rank or 0) * 2 + c.qk_rope_head_dim if absorbed else c.qk_head_dim + c.value_head_dim
+        )
         return 2 * c.num_hidden_layers * c.num_attention_heads * widths * context
 
     def train_flops(self, length: int) -> float:
@@ -86,7 +88,9 @@ def cost(config: ModelConfig) -> Cost:
             continue
         total += p.numel()
         if ".experts." in name:
-            idle += p.numel() * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
+            idle += (
+                p.numel() * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
+            )
         if p.dim() == 1 or name == "x0_mix":
             vectors += p.numel()  # norms, biases and scales: in no matrix product
     embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()

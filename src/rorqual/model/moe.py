@@ -169,7 +169,7 @@ def balance_loss(scores: Tensor, ids: Tensor, rows: int = 1) -> Tensor:
     """
     n, experts = scores.shape
     share = (scores / scores.sum(-1, keepdim=True)).view(rows, n // rows, experts).mean(1)
-    index = ids.view(rows, -1)
+    index = ids.reshape(rows, -1)
     count = torch.zeros(rows, experts, device=scores.device).scatter_add_(
         1, index, torch.ones_like(index, dtype=torch.float32)
     )

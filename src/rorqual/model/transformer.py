@@ -61,10 +61,12 @@ class Transformer(nn.Module):
 
         `recompute` drops each layer's activations and computes them again in the backward pass.
         """
-        x = self.embed(ids, attend)
+        # Asked once: a cached context remembers the last tokens when it answers.
+        previous = attend.previous_ids(ids) if self.ngram is not None or self.smear_gate is not None else None
+        x = self.embed(ids, previous)
         cos, sin = self.rope(positions)
         x0 = x
-        pairs = None if self.ngram is None else self.ngram(ids, attend.previous_ids(ids))
+        pairs = None if self.ngram is None or previous is None else self.ngram(ids, previous)
         for i, layer in enumerate(self.layers):
             if self.x0_mix is not None:
                 x = self.x0_mix[i, 0] * x + self.x0_mix[i, 1] * x0
@@ -79,12 +81,11 @@ class Transformer(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
-    def embed(self, ids: Tensor, attend: Attend) -> Tensor:
-        """ids [*L] → embeddings [*L, D], smeared with their predecessors where the config says so."""
+    def embed(self, ids: Tensor, previous: Tensor | None = None) -> Tensor:
+        """ids [*L] → embeddings [*L, D], smeared with their predecessors' where the config says so."""
         x: Tensor = self.embed_tokens(ids)
-        if self.smear_gate is not None:
-            previous = self.embed_tokens(attend.previous_ids(ids))
-            x = x + torch.sigmoid(self.smear_gate(x)) * (previous - x)
+        if self.smear_gate is not None and previous is not None:
+            x = x + torch.sigmoid(self.smear_gate(x)) * (self.embed_tokens(previous) - x)
         return x
 
     def predict_further(

@@ -1,0 +1,83 @@
+"""config.json of the supported architectures, both ways, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from rorqual.errors import ConfigError
+from rorqual.model.config import ModelConfig
+from rorqual.model.published import PUBLISHED, published
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_to_hf_reads_back_equal(name: str) -> None:
+    config = published(name)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_extensions_read_back_equal_and_need_our_architecture(make_config) -> None:
+    extra = {
+        "logit_softcap": 15.0,
+        "value_embeddings": True,
+        "ngram_table_size": 64,
+        "x0_residual": True,
+        "smear": True,
+    }
+    config = make_config(architecture="RorqualForCausalLM", qk_norm=True, **extra)
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    assert set(config.extensions) == {*extra, "qk_norm"}
+    with pytest.raises(ConfigError, match="logit_softcap"):
+        make_config(logit_softcap=15.0)
+
+
+def changed(name: str, **changes: Any) -> dict[str, Any]:
+    return {**PUBLISHED[name], **changes}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (changed("deepseek-v2-lite", some_new_gate=3), "some_new_gate=3: not a key"),
+        (changed("deepseek-v2-lite", hidden_act="gelu"), "hidden_act='gelu'"),
+        (changed("smollm2-135m", use_sliding_window=True), "use_sliding_window=True"),
+        (changed("smollm2-135m", layer_types=["sliding_attention"] * 30), "layer_types"),
+        (changed("smollm2-135m", rope_scaling={"type": "longrope", "factor": 2.0}), "rope_type='longrope'"),
+        (changed("smollm2-135m", rope_scaling={"type": "yarn", "factor": 2.0, "extra": 1}), "rope extra=1"),
+        (changed("deepseek-v3", architectures=["MambaForCausalLM"]), "architectures"),
+        (changed("deepseek-v3", n_group=7), "n_group=7: must divide n_routed_experts=256"),
+        (changed("deepseek-v3", num_experts_per_tok=300), "num_experts_per_tok=300"),
+        (changed("deepseek-v3", scoring_func="softmax"), "topk_method='noaux_tc'"),
+        (changed("deepseek-v2", topk_method="greedy"), "greedy ignores groups"),
+        (changed("deepseek-v3", hidden_size="7168"), "hidden_size='7168': must be int"),
+        (changed("smollm2-135m", num_key_value_heads=2), "num_key_value_heads=2: must divide"),
+        ({"architectures": ["LlamaForCausalLM"], "vocab_size": 8}, "missing hidden_size"),
+        (changed("smollm2-135m", logit_softcap=30.0), "logit_softcap=30.0: not a key"),
+    ],
+)
+def test_what_would_change_the_maths_is_refused_by_name(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(tree)
+
+
+def test_harmless_keys_are_read_over() -> None:
+    tree = changed(
+        "deepseek-v3", transformers_version="4.33.1", use_cache=True, torch_dtype="bfloat16", ep_size=1
+    )
+    assert ModelConfig.from_hf(tree) == published("deepseek-v3")
+
+
+def test_v2_normalises_or_scales_and_v3_does_both() -> None:
+    """sgl-project/sglang-jax#1282: an explicit choice of the config."""
+    assert not published("deepseek-v2").scale_after_norm
+    assert published("deepseek-v3").scale_after_norm
+
+
+def test_mtp_has_two_names() -> None:
+    tree = {k: v for k, v in PUBLISHED["deepseek-v3"].items() if k != "num_nextn_predict_layers"}
+    assert ModelConfig.from_hf({**tree, "num_mtp_layers": 1}).num_nextn_predict_layers == 1
+
+
+def test_first_dense_layers() -> None:
+    v3 = published("deepseek-v3")
+    assert [v3.is_moe(i) for i in range(5)] == [False, False, False, True, True]
+    assert [published("glm-4.7-flash").is_moe(i) for i in (0, 1, 46)] == [False, True, True]
