@@ -19,9 +19,9 @@ CACHE_BITS = (16, 8, 6)  # DeepSeek counts its 93.3% saving with elements of 6 b
 class Cost:
     """Counts of one model.
 
-    `active`: the parameters that one token passes through. Of the embedding and the memory tables a token reads
-    one row, so they are not in it; the head is. `matmul`: those of them that multiply, 2 FLOPs each a token.
-    `tables`: the memory tables. `mtp`: the MTP modules, counted apart as in the papers.
+    `active`: the parameters that one token passes through. Of the embedding and the memory tables a token
+    reads one row, so they are not in it; the head is. `matmul`: those of them that multiply, 2 FLOPs each a
+    token. `tables`: the memory tables. `mtp`: the MTP modules, counted apart as in the papers.
     """
 
     config: ModelConfig

@@ -1,7 +1,7 @@
 """config.json of published models, by name: `rorqual cost deepseek-v2-lite`, benchmarks at real sizes, tests.
 
-Sizes from the models' own config files and papers (arXiv 2405.04434, 2412.19437); GLM-4.7-Flash from the defaults
-of transformers' glm4_moe_lite.
+Sizes from the models' own config files and papers (arXiv 2405.04434, 2412.19437); GLM-4.7-Flash from the
+defaults of transformers' glm4_moe_lite.
 """
 
 from __future__ import annotations
