@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
+from rorqual.kernels import causal
 from rorqual.kernels.attention import attention, attention_reference
 
 if TYPE_CHECKING:
@@ -76,11 +77,16 @@ class Causal:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        length = q.shape[2]
         if self.plain:
-            return attention_reference(q, k, v, scale, self.mask(q.shape[2], q.device)).transpose(1, 2)
-        if self.document_ids is None:
-            return attention(q, k, v, scale, causal=True).transpose(1, 2)
-        return attention(q, k, v, scale, mask=self.mask(q.shape[2], q.device)).transpose(1, 2)
+            out = attention_reference(q, k, v, scale, self.mask(length, q.device))
+        elif q.device.type == "cpu" and torch.is_grad_enabled() and length <= causal.LONGEST:
+            out = causal.causal_attention(q, k, v, scale, self.document_ids)
+        elif self.document_ids is None:
+            out = attention(q, k, v, scale, causal=True)
+        else:
+            out = attention(q, k, v, scale, mask=self.mask(length, q.device))
+        return out.transpose(1, 2)
 
 
 @dataclass
