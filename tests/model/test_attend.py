@@ -37,7 +37,8 @@ def test_chunked_decoding_equals_one_pass(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forms_agree_in_bfloat16(make_model, family: str) -> None:
-    model = make_model(family, initializer_range=0.05).to(torch.bfloat16)
+    """Without experts: a near tie in a router may fall either way, which says nothing of the attention."""
+    model = make_model(family, initializer_range=0.05, n_routed_experts=0).to(torch.bfloat16)
     ids = torch.randint(0, 160, (3, 34))
     outs = []
     with torch.no_grad():
