@@ -1,5 +1,5 @@
-"""One thread per test process: tiny models lose more to synchronisation than they gain. Every test starts from the
-same seed, so that a failure comes back."""
+"""One thread per test process: tiny models lose more to synchronisation than they gain. Every test starts
+from the same seed, so that a failure comes back."""
 
 import os
 import sys
