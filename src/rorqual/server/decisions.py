@@ -1,0 +1,177 @@
+"""POST /v1/decisions: typed questions about an input, answered by the model's own probabilities, no text
+drawn.
+
+Each option is scored as the log-probability of its text after the input and the question; the options of one
+question are then normalised against each other. A predicate is the choice between "yes" and "no".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from rorqual.engine.request import SamplingParams
+from rorqual.server.caller import Caller
+from rorqual.server.completions import encode_text
+from rorqual.server.faults import invalid
+from rorqual.server.models import Served
+from rorqual.server.prompt import check_messages, render
+from rorqual.server.protocol import Message, decode
+from rorqual.server.reply import Generated, Reply
+from rorqual.server.responses_input import ResponsesRequest, to_chat
+from rorqual.server.turn import Run, Turn, check_room
+
+_MAX_OPTIONS = 1024  # of one request, all questions together
+
+
+class Choice(Struct):
+    value: str | bool
+    description: str | None = None
+
+
+class Level(Struct):
+    label: str
+    description: str | None = None
+
+
+class Question(Struct):
+    type: Literal["predicate", "choice", "score"]
+    instructions: str | list[dict[str, Any]]
+    name: str | None = None
+    choices: Annotated[list[Choice], Meta(min_length=2, max_length=255)] | None = None
+    levels: Annotated[list[Level], Meta(min_length=2, max_length=255)] | None = None
+
+
+class DecisionsRequest(Struct, kw_only=True):
+    """POST /v1/decisions."""
+
+    input: str | list[dict[str, Any]]
+    questions: Annotated[list[Question], Meta(min_length=1, max_length=400)]
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A question with its options as texts."""
+
+    question: Question
+    options: list[str]
+    values: Sequence[str | bool]
+
+
+async def decisions(caller: Caller, body: bytes) -> Reply:
+    """Answer every question of one request."""
+    request = decode(body, DecisionsRequest)
+    model = caller.service.models.find(request.model)
+    asked = [_options(q, f"questions[{i}]") for i, q in enumerate(request.questions)]
+    if sum(len(a.options) for a in asked) > _MAX_OPTIONS:
+        raise invalid(f"questions: more than {_MAX_OPTIONS} options in all", "questions")
+    prompts: list[list[int]] = []
+    starts: list[int] = []
+    for a in asked:
+        head = _prompt(model, request, a)
+        for option in a.options:
+            prompts.append(head + model.tokenizer.encode(option, add_bos=False))
+            starts.append(len(head))
+            check_room(model, prompts[-1], 0, "input")
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    run = Run(Turn(model, prompts, params, cache_salt=caller.cache_salt(None)), caller)
+
+    async def whole() -> dict[str, Any]:
+        async for _ in run.events():
+            pass
+        scores = [_score(run, i, start) for i, start in enumerate(starts)]
+        return {"model": request.model, "answers": _answers(asked, scores), "usage": run.usage.responses()}
+
+    return Generated(run, whole=whole)
+
+
+def _options(question: Question, where: str) -> _Asked:
+    if question.type == "predicate":
+        return _Asked(question, ["yes", "no"], [True, False])
+    entries = question.choices if question.type == "choice" else question.levels
+    name = "choices" if question.type == "choice" else "levels"
+    if not entries:
+        raise invalid(f"{where}.{name} is required", f"{where}.{name}", "missing_required_parameter")
+    values = [e.value if isinstance(e, Choice) else e.label for e in entries]
+    texts = [v if isinstance(v, str) else str(v).lower() for v in values]
+    if "" in texts:
+        raise invalid(f"{where}.{name}: an option is empty", f"{where}.{name}")
+    if len({(type(v), v) for v in values}) < len(values):
+        raise invalid(f"{where}.{name}: an option is given twice", f"{where}.{name}")
+    return _Asked(question, texts, values)
+
+
+def _prompt(model: Served, request: DecisionsRequest, asked: _Asked) -> list[int]:
+    """The input, the question and its options; the answer would follow."""
+    question = asked.question
+    notes = [e.description for e in (question.choices or question.levels or [])]
+    notes += [None] * (len(asked.options) - len(notes))
+    lines = [f"- {o}: {note}" if note else f"- {o}" for o, note in zip(asked.options, notes, strict=True)]
+    lead = "Is this true of the above?" if question.type == "predicate" else "Answer about the above:"
+    text = f"{lead} {_instructions(question)}\nAnswer with one of:\n" + "\n".join(lines)
+    conversation = _input(request)
+    if model.template is None:
+        said = "\n\n".join(message.text() for message in conversation)
+        return encode_text(model, f"{said}\n\n{text}\nAnswer: ")
+    return render(model, [*conversation, Message("user", text)], thinking=False).ids
+
+
+def _input(request: DecisionsRequest) -> list[Message]:
+    chat, _ = to_chat(ResponsesRequest(input=request.input))
+    check_messages(chat.messages, "input")
+    return chat.messages
+
+
+def _instructions(question: Question) -> str:
+    if isinstance(question.instructions, str):
+        return question.instructions
+    parts = []
+    for part in question.instructions:
+        if isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif "json" in part:
+            parts.append(json.dumps(part["json"], ensure_ascii=False))
+        else:
+            raise invalid("questions: this model reads only text", "questions", "unsupported_value")
+    return "\n".join(parts)
+
+
+def _score(run: Run, choice: int, start: int) -> float:
+    """Log-probability of the option's tokens."""
+    return sum(lp.logprob for lp in run.prompt_logprobs[choice][start:] if lp is not None)
+
+
+def _answers(asked: Sequence[_Asked], scores: Sequence[float]) -> list[dict[str, Any]]:
+    out = []
+    at = 0
+    for a in asked:
+        its = scores[at : at + len(a.options)]
+        at += len(a.options)
+        out.append({"type": a.question.type, "name": a.question.name, **_answer(a, _softmax(its))})
+    return out
+
+
+def _answer(asked: _Asked, probabilities: list[float]) -> dict[str, Any]:
+    if asked.question.type == "predicate":
+        return {"probability": probabilities[0]}
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    if asked.question.type == "choice":
+        pairs = zip(asked.values, probabilities, strict=True)
+        listed: list[dict[str, Any]] = [{"value": v, "probability": p} for v, p in pairs]
+        return {"choice": asked.values[best], "confidence": probabilities[best], "probabilities": listed}
+    triples = enumerate(zip(asked.values, probabilities, strict=True))
+    listed = [{"label": v, "value": i, "probability": p} for i, (v, p) in triples]
+    mean = sum(i * p for i, p in enumerate(probabilities))
+    return {"score": mean, "confidence": probabilities[best], "probabilities": listed}
+
+
+def _softmax(scores: Sequence[float]) -> list[float]:
+    top = max(scores)
+    weights = [math.exp(s - top) for s in scores]
+    return [w / sum(weights) for w in weights]

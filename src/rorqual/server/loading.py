@@ -1,0 +1,22 @@
+"""From a model folder, or a script, to a model that is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rorqual.errors import ConfigError
+from rorqual.server.bridge import Bridge
+from rorqual.server.models import Served
+from rorqual.server.scripted import Script, ScriptedEngine, ScriptedTemplate
+
+
+def scripted(name: str, script: Path | Script, max_open: int) -> Served:
+    """A model that answers from a file."""
+    read = script if isinstance(script, Script) else Script.load(script)
+    engine = ScriptedEngine(read)
+    return Served(name, engine.tokenizer, ScriptedTemplate(thinks=read.thinks), Bridge(engine, max_open))
+
+
+def load_served(name: str, path: Path, max_open: int) -> Served:
+    """A model folder or file behind the engine."""
+    raise ConfigError(f"model={path}: no engine")

@@ -1,0 +1,19 @@
+"""Everything about a server that is not its models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and manners of a server. Sizes are bytes, times seconds."""
+
+    max_body_bytes: int = 16 * 2**20
+    max_open: int = 1024  # completions queued and running, for each engine
+    keep_alive_s: float = 15.0  # a comment (stream) or a blank line when nothing was sent for so long
+    drain_s: float = 30.0  # after SIGTERM, for what has begun
+    request_timeout_s: float | None = None  # from arrival to the last token
+    write_timeout_s: float = 120.0  # a reader that takes nothing for so long is dropped
+    allow_origins: tuple[str, ...] = ()  # browsers' origins that may call from another site; "*" for all
+    reasoning_alias: bool = False  # `reasoning` beside `reasoning_content`
