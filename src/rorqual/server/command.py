@@ -270,10 +270,8 @@ def usage(argv: Sequence[str]) -> int:
     options = tyro.cli(UsageOptions, args=list(argv), prog="rorqual usage")
     ledger = Ledger(options.ledger)
     if not options.json:
-        printcounts = f"{'requests':>8} {'hit':>12} {'miss':>12} {'output':>12}"
+        counts = f"{'requests':>8} {'hit':>12} {'miss':>12} {'output':>12}"
         print(f"{'day':10}  {'key':12}  {'model':24} {counts}  cost")
-            f"{'day':10}  {'key':12}  {'model':24} {'requests':>8} {'hit':>12} {'miss':>12} {'output':>12}  cost"
-        )
     for row in ledger.sums(options.key):
         cost = decimal_text(row.cost)
         if options.json:

@@ -82,7 +82,7 @@ def _encode(prompt: Any, suffix: str | None, model: Served, index: int) -> list[
     if isinstance(prompt, str):
         if suffix:
             prompt = _fill_in(prompt, suffix, model)
-        return encode_text(model, prompt)
+        return model.tokenizer.encode(prompt)
     if suffix:
         raise invalid("suffix needs a prompt of text, not of token ids", "suffix")
     if not isinstance(prompt, list) or not all(isinstance(i, int) for i in prompt):
@@ -92,13 +92,6 @@ def _encode(prompt: Any, suffix: str | None, model: Served, index: int) -> list[
     if wrong is not None:
         raise invalid(f"prompt[{index}]: token id {wrong} is not from 0 to {size - 1}", f"prompt[{index}]")
     return list(prompt)
-
-
-def encode_text(model: Served, text: str) -> list[int]:
-    """A text with the model's begin token, once."""
-    bos = model.tokenizer.bos_id
-    begins = bos is not None and text.startswith(model.tokenizer.token_bytes(bos).decode("utf-8", "replace"))
-    return model.tokenizer.encode(text, add_bos=not begins)
 
 
 def _fill_in(prefix: str, suffix: str, model: Served) -> str:

@@ -17,7 +17,6 @@ from msgspec import Meta, Struct
 
 from rorqual.engine.request import SamplingParams
 from rorqual.server.caller import Caller
-from rorqual.server.completions import encode_text
 from rorqual.server.faults import invalid
 from rorqual.server.models import Served
 from rorqual.server.prompt import check_messages, render
@@ -118,7 +117,7 @@ def _prompt(model: Served, request: DecisionsRequest, asked: _Asked) -> list[int
     conversation = _input(request)
     if model.template is None:
         said = "\n\n".join(message.text() for message in conversation)
-        return encode_text(model, f"{said}\n\n{text}\nAnswer: ")
+        return model.tokenizer.encode(f"{said}\n\n{text}\nAnswer: ")
     return render(model, [*conversation, Message("user", text)], thinking=False).ids
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import codecs
 import math
 import random
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,23 +90,18 @@ class ByteTokenizer:
         """Tokens that are no text."""
         return (BOS, EOS)
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """UTF-8 bytes, `<bos>` and `<eos>` as one token each."""
-        out: list[int] = [BOS] if add_bos and not text.startswith("<bos>") else []
-        while text:
-            places = [(at, name) for name in SPECIAL_TOKENS if (at := text.find(name)) >= 0]
-            if not places:
-                return out + list(text.encode())
-            at, name = min(places)
-            out += [*text[:at].encode(), SPECIAL_TOKENS[name]]
-            text = text[at + len(name) :]
-        return out
+    def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
+        """UTF-8 bytes; with `special`, `<bos>` and `<eos>` are one token each. One `<bos>` first unless unwanted."""
+        ids: list[int] = []
+        for part in re.split("(<bos>|<eos>)", text) if special else [text]:
+            ids += [SPECIAL_TOKENS[part]] if special and part in SPECIAL_TOKENS else list(part.encode())
+        return ids if add_bos is False or ids[:1] == [BOS] else [BOS, *ids]
 
     def piece_id(self, piece: str) -> int:
         """The token of a script's piece."""
         return self._pieces[piece]
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """Text of tokens; bytes that are no character become U+FFFD."""
         kept = (i for i in ids if not (skip_special and i in self.special_ids))
         return b"".join(self._tokens[i] for i in kept).decode("utf-8", "replace")

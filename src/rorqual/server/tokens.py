@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rorqual.server.caller import Caller
-from rorqual.server.completions import encode_text
 from rorqual.server.faults import invalid
 from rorqual.server.prompt import check_messages, render, specs
 from rorqual.server.protocol import DetokenizeRequest, TokenizeRequest, decode
@@ -21,10 +20,8 @@ async def tokenize(caller: Caller, body: bytes) -> Reply:
         ids = render(model, request.messages, tools, generate=request.add_generation_prompt).ids
     elif text is None:
         raise invalid("give prompt (a text) or messages", "prompt", "missing_required_parameter")
-    elif request.add_special_tokens:
-        ids = encode_text(model, text)
     else:
-        ids = model.tokenizer.encode(text, add_bos=False)
+        ids = model.tokenizer.encode(text, add_bos=None if request.add_special_tokens else False)
     return Json({"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids})
 
 
