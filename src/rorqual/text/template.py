@@ -42,23 +42,26 @@ DEEPSEEK_V2 = (
 )
 DEEPSEEK_V3 = (
     "{% set think = thinking is defined and thinking %}"
-    "{{ bos_token }}{{ messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n') }}"
+    "{{ bos_token }}"
+    "{{ messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | join('\\n\\n') }}"
     "{% for m in messages %}"
     "{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}"
     "{% elif m.role == 'assistant' %}{{ '<｜Assistant｜>' }}"
-    "{% if m.prefix and m.reasoning_content %}{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n' }}{% endif %}"
+    "{% if m.prefix and m.reasoning_content %}"
+    "{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n' }}{% endif %}"
     "{{ m.content or '' }}"
     "{% for call in m.tool_calls or [] %}"
     "{% if loop.first %}{{ '<｜tool▁calls▁begin｜>' }}{% endif %}"
-    "{{ '<｜tool▁call▁begin｜>function<｜tool▁sep｜>' + call.function.name + '\\n```json\\n' + call.function.arguments"
-    " + '\\n```<｜tool▁call▁end｜>' }}"
+    "{{ '<｜tool▁call▁begin｜>function<｜tool▁sep｜>' + call.function.name }}"
+    "{{ '\\n```json\\n' + call.function.arguments + '\\n```<｜tool▁call▁end｜>' }}"
     "{% if loop.last %}{{ '<｜tool▁calls▁end｜>' }}{% endif %}{% endfor %}"
     "{% if not loop.last or not m.prefix %}{{ eos_token }}{% endif %}"
     "{% elif m.role == 'tool' %}"
     "{{ '<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>' + m.content"
     " + '<｜tool▁output▁end｜><｜tool▁outputs▁end｜>' }}"
     "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% if think %}{{ '<think>\\n' }}{% endif %}{% endif %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<｜Assistant｜>' }}{% if think %}{{ '<think>\\n' }}{% endif %}{% endif %}"
 )
 BUILT_IN = {"chatml": CHATML, "deepseek-v2": DEEPSEEK_V2, "deepseek-v3": DEEPSEEK_V3}
 
@@ -199,7 +202,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("text grows too large")
         return result
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if isinstance(value, int) and abs(value) > MAX_TURNS:
                 raise SecurityError(f"a call with {value}")
