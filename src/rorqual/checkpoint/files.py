@@ -1,0 +1,70 @@
+"""Files that are whole or not there: written under a temporary name, synced, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rorqual.errors import CheckpointError
+
+
+@contextmanager
+def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `target`; it takes the name once everything in it is on the disk.
+
+    Raises CheckpointError where the target exists (unless `replace`). Whatever goes wrong, nothing
+    half-written has the name.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not replace:
+        raise CheckpointError(f"{target}: exists already; remove it or choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        for path in work.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        _sync(work)
+        if target.exists():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            os.rename(target, old)
+            os.rename(work, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(work, target)
+        _sync(target.parent)
+    except OSError as e:
+        shutil.rmtree(work, ignore_errors=True)
+        raise CheckpointError(
+            f"{target}: cannot be written ({e.strerror or e}); nothing was left behind"
+        ) from e
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    work = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        work.write_text(text, encoding="utf-8")
+        _sync(work)
+        os.replace(work, path)
+        _sync(path.parent)
+    except OSError as e:
+        work.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot be written ({e.strerror or e})") from e
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
