@@ -35,7 +35,7 @@ class Answer:
         self._raw = 0  # bytes of text received
         self._token_ends = 0  # bytes of tokens received
         self._starts: list[int] = []  # where in the raw output each token begins
-        self._logprobs: deque[tuple[int, TokenLogprob]] = deque()
+        self._logprobs: deque[tuple[int, int, TokenLogprob]] = deque()  # first and last byte of a token
         self.finished = False
 
     @property
@@ -69,10 +69,12 @@ class Answer:
         for token_id in delta.token_ids:
             self._starts.append(self._token_ends)
             logprob = next(logprobs, None)
-            if logprob is not None and token_id not in self._eos_ids:
-                self._logprobs.append((self._token_ends, logprob))
-            if token_id not in self._eos_ids:
-                self._token_ends += len(self._token_bytes(token_id))
+            if token_id in self._eos_ids:
+                continue
+            end = self._token_ends + len(self._token_bytes(token_id))
+            if logprob is not None:
+                self._logprobs.append((self._token_ends, end, logprob))
+            self._token_ends = end
 
     def _read(self, text: str) -> list[Event]:
         if not text:
@@ -102,6 +104,9 @@ class Answer:
         return events
 
     def _piece(self, piece: Piece) -> list[Event]:
+        begin = piece.end - len(piece.text.encode())
+        while self._logprobs and self._logprobs[0][1] <= begin:
+            self._logprobs.popleft()  # a tag or the white space around it
         if piece.section == "reasoning":
             return [Reasoning(piece.text, self._take_logprobs(piece.end))]
         return self._content(piece.text, piece.end)
@@ -125,7 +130,7 @@ class Answer:
         """Those of the tokens that begin before byte `end` and were not taken yet."""
         out = []
         while self._logprobs and self._logprobs[0][0] < end:
-            out.append(self._logprobs.popleft()[1])
+            out.append(self._logprobs.popleft()[2])
         return out
 
     def _reason(self, delta: Delta) -> Reason:

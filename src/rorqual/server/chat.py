@@ -133,16 +133,17 @@ def _structure(
         many_calls=request.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
         must_call=must_call,
         budget=budget,
-        thinks=model.thinks
-        and thinking is not False
-        and (prompt.thought_opened or thinking is True or not _closed(prompt)),
+        thinks=prompt.thought_opened or (model.thinks and _will_think(request, model, prompt, thinking)),
         opened=prompt.thought_opened,
     )
 
 
-def _closed(prompt: Prompt) -> bool:
-    """Whether the template has written an empty thought: the answer follows at once."""
-    return prompt.text.rstrip().endswith("</think>")
+def _will_think(request: ChatRequest, model: Served, prompt: Prompt, thinking: bool | None) -> bool:
+    """Whether a model whose prompt did not open the thought will open one: when told to; and, when not told
+    anything, if its template writes something else to keep it from thinking."""
+    if thinking is not None:
+        return thinking
+    return render(model, request.messages, specs(request.tools), thinking=False).text != prompt.text
 
 
 def _logprobs(request: ChatRequest) -> int | None:

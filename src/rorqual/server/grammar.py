@@ -66,6 +66,8 @@ class Vocabulary:
             n_vocab=size,
             eos_token=list(self.eos_ids),
         )
+        mixed = [i for i, t in enumerate(self.tokens) if len(t) > 1 and any(c in t for c in b'{[",:')]
+        self.mixed_structure = int.from_bytes(self.only(mixed), "little")  # a mask, as a number
         self._overruns: dict[bytes, list[tuple[int, bytes]]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -216,14 +218,19 @@ class Until:
 
 
 class Constrained:
-    """A grammar; over when nothing more can follow in it. The end is allowed wherever the grammar may end."""
+    """A grammar; over when nothing more can follow in it. The end is allowed wherever the grammar may end.
+
+    An answer in JSON that has begun also ends: near the limit a token is allowed only if the shortest end
+    still fits after it, and then that end is forced.
+    """
 
     def __init__(self, vocabulary: Vocabulary, matcher: LLMatcher) -> None:
         self._vocabulary = vocabulary
         self._matcher = matcher
         self._text = _JsonText()
         self._closing: deque[int] | None = None
-        shortest = self._shortest_end()
+        self._near_end = False
+        shortest = self._shortest_end(matcher, self._text)
         self._slack = len(shortest) if shortest is not None else None
         self._estimate = self._slack or 0
 
@@ -236,8 +243,8 @@ class Constrained:
             return self._vocabulary.only([self._closing[0]])
         if self._closing is not None and self._matcher.is_accepting():
             return self._vocabulary.only(self._vocabulary.eos_ids)
-        mask: bytes = self._matcher.compute_bitmask()
-        return mask[: (self._vocabulary.size + 7) // 8]
+        mask: bytes = self._matcher.compute_bitmask()[: (self._vocabulary.size + 7) // 8]
+        return self._without_detours(mask, remaining) if self._near_end else mask
 
     def accept(self, token_id: int) -> None:
         if self._closing and self._closing[0] == token_id:
@@ -250,21 +257,45 @@ class Constrained:
         return bool(self._matcher.is_stopped())
 
     def _close_if_due(self, remaining: int) -> None:
-        """Force the shortest end when what is left is that end and, as slack, the shortest whole document:
-        one token (the opening of an object with many required keys) can lengthen the end by about that much.
+        """Near the end, find the shortest way out; force it when just that many tokens are left. `_slack`,
+        the shortest whole document, stands for what one token (an opening bracket) can add to the way out.
         """
+        self._near_end = False
         if self._slack is None or remaining > 2 * (self._estimate + self._slack) + 16:
             return
-        shortest = self._shortest_end()
+        shortest = self._shortest_end(self._matcher, self._text)
         if shortest is None:
             return
         self._estimate = len(shortest)
-        if self._estimate <= remaining <= self._estimate + self._slack:
+        if self._estimate <= remaining <= self._estimate + 1:
             self._closing = deque(shortest)
+        self._near_end = self._estimate < remaining <= self._estimate + self._slack + 16
 
-    def _shortest_end(self) -> list[int] | None:
-        """A short way to an accepting state, found greedily; None where none was found."""
+    def _without_detours(self, mask: bytes, remaining: int) -> bytes:
+        """`mask` less the tokens after which the end would not fit: only brackets, quotes, commas and colons
+        can lead further away; each is tried, and tokens that hold one among others are left out.
+        """
+        kept = int.from_bytes(mask, "little") & ~self._vocabulary.mixed_structure
+        for byte in (b'"',) if self._text.in_string else (b"{", b"[", b'"', b",", b":"):
+            token_id = self._vocabulary.single(byte)
+            if (
+                token_id is not None
+                and kept >> token_id & 1
+                and not self._fits_after(token_id, remaining - 1)
+            ):
+                kept &= ~(1 << token_id)
+        return kept.to_bytes(len(mask), "little") if kept else mask
+
+    def _fits_after(self, token_id: int, remaining: int) -> bool:
         matcher, text = self._matcher.deep_copy(), self._text.copy()
+        matcher.consume_token(token_id)
+        text.push(self._vocabulary.tokens[token_id])
+        shortest = self._shortest_end(matcher, text)
+        return shortest is not None and len(shortest) <= remaining
+
+    def _shortest_end(self, matcher: LLMatcher, text: _JsonText) -> list[int] | None:
+        """A short way to an accepting state, found greedily; None where none was found."""
+        matcher, text = matcher.deep_copy(), text.copy()
         path: list[int] = []
         while not (matcher.is_accepting() or matcher.is_stopped()):
             step = matcher.compute_ff_tokens() or self._closing_step(matcher, text)
@@ -294,26 +325,26 @@ class _JsonText:
     _INSIDE = tuple(bytes([c]) for c in b'"abcdefghijklmnopqrstuvwxyz0123456789')
 
     def __init__(self) -> None:
-        self._in_string = False
+        self.in_string = False
         self._escaped = False
 
     def copy(self) -> _JsonText:
         twin = _JsonText()
-        twin._in_string, twin._escaped = self._in_string, self._escaped
+        twin.in_string, twin._escaped = self.in_string, self._escaped
         return twin
 
     def push(self, piece: bytes) -> None:
         for c in piece:
             if self._escaped:
                 self._escaped = False
-            elif c == 0x5C and self._in_string:
+            elif c == 0x5C and self.in_string:
                 self._escaped = True
             elif c == 0x22:
-                self._in_string = not self._in_string
+                self.in_string = not self.in_string
 
     def closers(self) -> tuple[bytes, ...]:
         """Single bytes to try, the one that ends most first."""
-        return self._INSIDE if self._in_string else self._OUTSIDE
+        return self._INSIDE if self.in_string else self._OUTSIDE
 
 
 class PhasedMask:

@@ -10,7 +10,7 @@ from rorqual.errors import TokenizerError
 from rorqual.server.faults import invalid
 from rorqual.server.models import Served
 from rorqual.server.protocol import Message, Tool
-from rorqual.server.reasoning import opened_by
+from rorqual.server.reasoning import CLOSE, OPEN, opened_by
 from rorqual.server.tools import ToolSpec
 
 
@@ -99,6 +99,8 @@ def render(
     form, native = model.tool_format
     in_play = bool(tools) or any(m.tool_calls or m.role == "tool" for m in messages)
     plain = [_plain(message, keep_thought=in_play) for message in messages]
+    if "reasoning_content" not in model.template.source:
+        plain = [_thought_as_text(message) for message in plain]
     native = native and form.template_lists_tools
     if in_play and not native:
         plain = form.describe(plain, tools)
@@ -137,6 +139,14 @@ def _plain(message: Message, *, keep_thought: bool) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return out
+
+
+def _thought_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """For templates that know no `reasoning_content`: between its tags, before the answer."""
+    thought = message.pop("reasoning_content", None)
+    if thought is None:
+        return message
+    return {**message, "content": f"{OPEN}\n{thought}\n{CLOSE}\n\n{message['content']}"}
 
 
 def _with_calls(message: dict[str, Any], history: Any) -> dict[str, Any]:

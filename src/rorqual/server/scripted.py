@@ -91,7 +91,9 @@ class ByteTokenizer:
         return (BOS, EOS)
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
-        """UTF-8 bytes; with `special`, `<bos>` and `<eos>` are one token each. One `<bos>` first unless unwanted."""
+        """UTF-8 bytes; with `special`, `<bos>` and `<eos>` are one token each. One `<bos>` first unless
+        unwanted.
+        """
         ids: list[int] = []
         for part in re.split("(<bos>|<eos>)", text) if special else [text]:
             ids += [SPECIAL_TOKENS[part]] if special and part in SPECIAL_TOKENS else list(part.encode())
@@ -115,7 +117,7 @@ class ScriptedTemplate:
     """`<|role|>` before each turn, `<eos>` after it; tools are described in the system message."""
 
     def __init__(self, *, thinks: bool) -> None:
-        self.source = "<think></think>" if thinks else ""
+        self.source = "reasoning_content" + ("<think></think>" if thinks else "")
         self._thinks = thinks
 
     def render(

@@ -108,7 +108,7 @@ class Hermes:
             return message
         written = "\n".join(self.write(c["function"]["name"], c["function"]["arguments"]) for c in calls)
         content = f"{message['content']}\n{written}" if message.get("content") else written
-        return {"role": "assistant", "content": content}
+        return {**{k: v for k, v in message.items() if k != "tool_calls"}, "content": content}
 
     def history(self, name: str, arguments: str) -> dict[str, Any]:
         return {"name": name, "arguments": _parsed(arguments)}
