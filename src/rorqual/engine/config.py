@@ -1,0 +1,39 @@
+"""What an engine may use: cache, batch and queue limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rorqual.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of one engine; the words are vLLM's."""
+
+    max_model_len: int | None = (
+        None  # tokens of a request, prompt and completion; None: the model's, if it fits
+    )
+    block_size: int = 16  # tokens of a cache block
+    cache_tokens: int | None = None  # tokens that the cache holds; None: as cache_memory allows
+    cache_memory: float = 1e9  # bytes for the cache
+    cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the weights'
+    max_num_seqs: int = 64  # requests running at once
+    max_num_batched_tokens: int = 512  # tokens of one step: a long prompt is computed in chunks of this size
+    max_waiting: int = 1024  # requests queued beyond those running
+    prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least max_num_seqs="
+                f"{self.max_num_seqs}, so that every running request advances in each step"
+            )
+        for name in ("max_model_len", "cache_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: must be 1 or more")

@@ -1,0 +1,266 @@
+"""The engine: requests in, deltas out, one model step at a time. One thread owns it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rorqual.device import format_bytes
+from rorqual.engine.blocks import BlockPool, root_hash
+from rorqual.engine.cache import PagedCache
+from rorqual.engine.config import EngineConfig
+from rorqual.engine.request import Delta, EngineStats, FinishReason, Request, TokenLogprob
+from rorqual.engine.runner import Runner
+from rorqual.engine.sampler import sample, top_logprobs
+from rorqual.engine.scheduler import Scheduler, Work
+from rorqual.engine.sequence import Sequence
+from rorqual.engine.stop import StopChecker
+from rorqual.errors import CapacityError, ConfigError, RequestError
+from rorqual.model.cost import cost
+from rorqual.model.transformer import Transformer
+from rorqual.text.tokenizer import Tokenizer
+
+
+class Engine:
+    """Continuous batching over a paged cache with prefix reuse; see `EngineCore` for the contract."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer | None = None, config: EngineConfig | None = None
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.vocab_size = model.config.vocab_size
+        self.eos_ids = frozenset(tokenizer.eos_ids if tokenizer is not None else ()) | set(
+            model.config.eos_ids
+        )
+        dtype = next(model.parameters()).dtype
+        if self.config.cache_dtype != "auto":
+            dtype = getattr(torch, self.config.cache_dtype)
+        blocks = self._count_blocks(dtype)
+        size = self.config.block_size
+        self.max_model_len = self._choose_length(blocks * size)
+        self.pool = BlockPool(blocks)
+        self.cache = PagedCache(model.config, blocks * size, dtype, torch.device("cpu"))
+        self.scheduler = Scheduler(self.pool, self.config)
+        self.runner = Runner(model, self.cache, size)
+        self.weights_version = 0
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
+
+    def _count_blocks(self, dtype: torch.dtype) -> int:
+        size = self.config.block_size
+        if self.config.cache_tokens is not None:
+            return -(-self.config.cache_tokens // size)
+        row = cost(self.model.config).cache_elements * dtype.itemsize
+        blocks = int(self.config.cache_memory // (row * size))
+        if blocks < 1:
+            raise CapacityError(
+                f"cache_memory={format_bytes(self.config.cache_memory)}: one block of {size} tokens needs "
+                f"{format_bytes(row * size)}; give more"
+            )
+        longest = self.config.max_model_len or self.model.config.max_position_embeddings
+        most = self.config.max_num_seqs * -(-longest // size)  # more could never be held at once
+        return min(blocks, most)
+
+    def _choose_length(self, tokens: int) -> int:
+        model = self.model.config.max_position_embeddings
+        asked = self.config.max_model_len
+        if asked is None:
+            return min(model, tokens)
+        if asked > model:
+            raise ConfigError(f"max_model_len={asked}: the model was made for {model} positions")
+        if asked > tokens:
+            raise CapacityError(
+                f"max_model_len={asked}: the cache holds {tokens} tokens; ask for {tokens} or give it more"
+            )
+        return asked
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises RequestError before any compute where it cannot be served."""
+        prompt, params = request.prompt_ids, request.params
+        if request.request_id in self._sequences:
+            raise RequestError(f"request_id {request.request_id!r} is in use", param="request_id")
+        if request.model is not None:
+            raise RequestError(
+                f"model {request.model!r}: no adapter of this name", param="model", code="model_not_found"
+            )
+        if not prompt:
+            raise RequestError("prompt: must have at least one token", param="prompt", code="empty_prompt")
+        wrong = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
+        wrong = (
+            wrong
+            if wrong is not None
+            else next((t for t in params.logit_bias if not 0 <= t < self.vocab_size), None)
+        )
+        if wrong is not None:
+            raise RequestError(f"token id {wrong}: must be 0 to {self.vocab_size - 1}", param="prompt")
+        room = self.max_model_len - len(prompt)
+        if room < (1 if params.max_tokens else 0):
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens and the context is {self.max_model_len}"
+                + ("; one place must be free for an answer" if room == 0 else ""),
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if params.max_tokens == 0 and params.prompt_logprobs is None:
+            raise RequestError(
+                "max_tokens=0: scores a prompt, so prompt_logprobs must be asked for", param="max_tokens"
+            )
+        if len(self.scheduler.waiting) >= self.config.max_waiting:
+            raise RequestError(
+                f"{self.config.max_waiting} requests are waiting; try again", code="queue_full"
+            )
+        self._arrivals += 1
+        sequence = Sequence(
+            request,
+            arrival=self._arrivals,
+            max_tokens=min(params.max_tokens, room),
+            stop=StopChecker(self.tokenizer, params.stop),
+            seed=params.seed if params.seed is not None else secrets.randbits(63),
+            hashes=[root_hash(f"{self.weights_version}/{request.cache_salt}")],
+        )
+        self._sequences[sequence.id] = sequence
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and free its blocks; unknown ids are ignored."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def step(self) -> list[Delta]:
+        """Advance every scheduled request; returns the news of those that have any."""
+        deltas = [self._finish(s, "abort") for s in list(self._sequences.values()) if s.expired]
+        works = self.scheduler.schedule()
+        if not works:
+            return deltas
+        h = self.runner.run(works)
+        ends = torch.tensor([w.count for w in works]).cumsum(0).tolist()
+        ready = [(w, end) for w, end in zip(works, ends, strict=True) if w.last]
+        logits = self.runner.logits(h[[end - 1 for _, end in ready]]) if ready else None
+        for work, end in zip(works, ends, strict=True):
+            if work.sequence.request.params.prompt_logprobs is not None:
+                self._score_prompt(work, h[end - work.count : end])
+            self.scheduler.computed(work)
+        for row, (work, _) in enumerate(ready):
+            assert logits is not None
+            deltas.append(self._advance(work.sequence, logits[row]))
+        return deltas
+
+    def stats(self) -> EngineStats:
+        s = self.scheduler
+        return EngineStats(
+            running=len(s.running),
+            waiting=len(s.waiting),
+            blocks_total=self.pool.total,
+            blocks_used=self.pool.used,
+            preemptions=s.preemptions,
+            prefix_hit_tokens=s.hit_tokens,
+            prefix_query_tokens=s.query_tokens,
+        )
+
+    def update_weights(self, weights: dict[str, Tensor]) -> None:
+        """Copy new weights over the old ones, in place. Every cached block of the old ones is forgotten, and
+        requests under way are computed again from their tokens.
+
+        Raises ConfigError where a name or shape is not the model's; nothing is changed then.
+        """
+        own: dict[str, Any] = self.model.state_dict(keep_vars=True)
+        for name, value in weights.items():
+            if name not in own or own[name].shape != value.shape:
+                raise ConfigError(f"update_weights: {name} {list(value.shape)} is not a tensor of this model")
+        with torch.no_grad():
+            for name, value in weights.items():
+                own[name].copy_(value)
+        self.reset_cache()
+
+    def reset_cache(self) -> None:
+        """Forget every cached block, as after a change of the weights."""
+        self.weights_version += 1
+        for sequence in list(self.scheduler.running):
+            self.scheduler._preempt(sequence)
+        self.pool.forget_all()
+        for sequence in self._sequences.values():
+            sequence.hashes = [root_hash(f"{self.weights_version}/{sequence.request.cache_salt}")]
+
+    def check(self) -> None:
+        """Assert that blocks are all accounted for; for tests, when idle."""
+        self.pool.check()
+        held = sum(len(s.blocks) for s in self._sequences.values())
+        assert held >= self.pool.used
+        if not self._sequences:
+            assert self.pool.used == 0
+
+    def _advance(self, sequence: Sequence, logits: Tensor) -> Delta:
+        """Draw one token and say what is new."""
+        params = sequence.request.params
+        if not logits.isfinite().all():
+            return self._finish(
+                sequence, "error", error="the model gave non-finite logits: its weights or dtype overflow"
+            )
+        if sequence.max_tokens == 0:
+            return self._finish(sequence, "length")
+        token, logprob = sample(
+            logits, params, sequence.request.prompt_ids, sequence.completion, sequence.seed
+        )
+        sequence.tokens.append(token)
+        if params.mask is not None:
+            params.mask.accept(token)
+        delta = self._delta(sequence)
+        delta.token_ids = [token]
+        if logprob is not None:
+            delta.logprobs = [logprob]
+        ended = (token in self.eos_ids and not params.ignore_eos) or token in params.stop_token_ids
+        if not ended:
+            delta.text = sequence.stop.push(token)
+        reason: FinishReason | None = None
+        if ended or sequence.stop.matched is not None or (params.mask is not None and params.mask.finished):
+            reason = "stop"
+        elif sequence.generated >= sequence.max_tokens:
+            reason = "length"
+        if reason is not None:
+            delta.text += sequence.stop.flush()
+            if sequence.stop.matched is not None:
+                reason = "stop"
+            self._close(sequence, delta, reason)
+        return delta
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Delta:
+        delta = self._delta(sequence)
+        delta.error = error
+        delta.text = sequence.stop.flush()
+        self._close(sequence, delta, reason)
+        return delta
+
+    def _close(self, sequence: Sequence, delta: Delta, reason: FinishReason) -> None:
+        delta.finish_reason, delta.stop_text = reason, sequence.stop.matched
+        self.abort(sequence.id)
+
+    def _delta(self, sequence: Sequence) -> Delta:
+        delta = Delta(
+            sequence.id, prompt_tokens=sequence.prompt_len, cached_tokens=sequence.cached_tokens or 0
+        )
+        if not sequence.started:
+            delta.prompt_logprobs = sequence.prompt_logprobs
+            sequence.started = True
+        return delta
+
+    def _score_prompt(self, work: Work, h: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens whose predecessors are in this chunk."""
+        sequence, prompt = work.sequence, work.sequence.request.prompt_ids
+        count = sequence.request.params.prompt_logprobs
+        assert count is not None
+        if sequence.prompt_logprobs is None or work.start == 0:
+            sequence.prompt_logprobs = [None]
+        scores: list[TokenLogprob | None] = sequence.prompt_logprobs
+        wanted = [p for p in range(work.start, work.start + work.count) if p + 1 < len(prompt)]
+        if not wanted:
+            return
+        logprobs = self.runner.logits(h[: len(wanted)]).log_softmax(-1)
+        scores += [top_logprobs(logprobs[i], prompt[p + 1], count) for i, p in enumerate(wanted)]

@@ -1,0 +1,126 @@
+"""The engine's attention context: a flat batch of tokens from many sequences over the paged cache.
+
+Sequences that decode (one new token each) are computed together on padded rows; chunks of a prompt one by one.
+MLA takes the absorbed form for decoding and where the cached context outweighs the chunk, else the expanded one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rorqual.engine.cache import PagedCache
+from rorqual.kernels.attention import attention
+
+if TYPE_CHECKING:
+    from rorqual.model.gqa import GQA
+    from rorqual.model.mla import MLA
+
+
+@dataclass(frozen=True)
+class Span:
+    """`count` new tokens of one sequence at row `row` of the batch, after `start` cached ones; `slots` of all."""
+
+    row: int
+    start: int
+    count: int
+    slots: Tensor  # [start + count]
+
+
+class Paged:
+    """Built once a step; all layers share its gather indices and masks."""
+
+    def __init__(self, cache: PagedCache, spans: Sequence[Span], previous: Tensor) -> None:
+        self.cache = cache
+        self._previous = previous
+        self._new_slots = torch.cat([s.slots[s.start :] for s in spans])
+        self._chunks = [s for s in spans if s.count > 1 or s.start == 0]
+        decodes = [s for s in spans if s.count == 1 and s.start > 0]
+        self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long)
+        if decodes:
+            longest = max(len(s.slots) for s in decodes)
+            self._gather = torch.zeros(len(decodes), longest, dtype=torch.long)
+            lengths = torch.tensor([len(s.slots) for s in decodes])
+            for i, s in enumerate(decodes):
+                self._gather[i, : len(s.slots)] = s.slots
+            self._mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
+            self._even = bool((lengths == longest).all())
+
+    def previous_ids(self, ids: Tensor) -> Tensor:
+        return self._previous
+
+    def mla(
+        self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
+    ) -> Tensor:
+        rows = self.cache.latent[layer]
+        rows[self._new_slots] = torch.cat((c_kv, k_rope), -1).to(rows.dtype)
+        out = q_nope.new_empty(*q_nope.shape[:2], attn.v_head_dim)
+        if len(self._rows):
+            q = torch.cat((attn.absorb_query(q_nope[self._rows]), q_rope[self._rows]), -1)
+            keys = rows[self._gather].to(q.dtype)  # [B, S, C + R]
+            out[self._rows] = attn.expand_output(self._decode_latent(q, keys, attn))
+        for span in self._chunks:
+            part = slice(span.row, span.row + span.count)
+            out[part] = self._chunk_latent(q_nope[part], q_rope[part], rows[span.slots], span, attn)
+        return out
+
+    def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self._new_slots] = k.to(keys.dtype)
+        values[self._new_slots] = v.to(values.dtype)
+        out = torch.empty_like(q)
+        if len(self._rows):
+            mask = None if self._even else self._mask
+            k_all, v_all = (x[self._gather].to(q.dtype).transpose(1, 2) for x in (keys, values))
+            out[self._rows] = attention(q[self._rows].unsqueeze(2), k_all, v_all, attn.scale, mask).squeeze(2)
+        for span in self._chunks:
+            part = slice(span.row, span.row + span.count)
+            k_all, v_all = (x[span.slots].to(q.dtype).transpose(0, 1)[None] for x in (keys, values))
+            result = _causal_tail(q[part].transpose(0, 1)[None], k_all, v_all, attn.scale, span)
+            out[part] = result[0].transpose(0, 1)
+        return out
+
+    def _decode_latent(self, q: Tensor, keys: Tensor, attn: MLA) -> Tensor:
+        """q [B, H, C + R] against the latent rows [B, S, C + R] → [B, H, C]: heads are rows of one product."""
+        scores = (q @ keys.mT).float() * attn.scale
+        if not self._even:
+            scores = scores.masked_fill(~self._mask[:, 0], float("-inf"))
+        return scores.softmax(-1).to(q.dtype) @ keys[..., : attn.kv_lora_rank]
+
+    def _chunk_latent(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, span: Span, attn: MLA) -> Tensor:
+        rows = rows.to(q_nope.dtype)
+        c_kv, k_rope = rows.split([attn.kv_lora_rank, attn.qk_rope_head_dim], -1)
+        if absorbed_is_cheaper(span.count, len(span.slots), attn):
+            q = torch.cat((attn.absorb_query(q_nope), q_rope), -1).transpose(0, 1)[None]  # [1, H, T, C + R]
+            out = _causal_tail(q, rows[None, None], c_kv[None, None], attn.scale, span)
+            return attn.expand_output(out[0].transpose(0, 1))
+        k_nope, v = attn.expand(c_kv)
+        k = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, attn.num_heads, -1)), -1)
+        q = torch.cat((q_nope, q_rope), -1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return _causal_tail(q, k, v, attn.scale, span)[0].transpose(0, 1)
+
+
+def absorbed_is_cheaper(new: int, total: int, attn: MLA) -> bool:
+    """Compare the products of both forms for `new` queries over `total` keys.
+
+    Absorbed: wide scores (C + R and C) and the two maps of each query. Expanded: narrow scores and keys and values
+    of every cached token made again.
+    """
+    n, r, v, c = attn.qk_nope_head_dim, attn.qk_rope_head_dim, attn.v_head_dim, attn.kv_lora_rank
+    absorbed = new * total * (2 * c + r) + new * c * (n + v)
+    expanded = new * total * (n + r + v) + total * c * (n + v)
+    return absorbed < expanded
+
+
+def _causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, span: Span) -> Tensor:
+    """Attention of the last `count` of `start + count` positions: q [1, H, T, D], k and v [1, Hkv, S, …]."""
+    if span.start == 0:
+        return attention(q, k, v, scale, causal=True)
+    total = span.start + span.count
+    mask = torch.ones(span.count, total, dtype=torch.bool).tril(span.start)[None, None]
+    return attention(q, k, v, scale, mask)

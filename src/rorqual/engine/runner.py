@@ -1,0 +1,52 @@
+"""One step of the model over a flat batch of scheduled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rorqual.engine.cache import PagedCache
+from rorqual.engine.paged import Paged, Span
+from rorqual.engine.scheduler import Work
+from rorqual.model.moe import Routing
+from rorqual.model.transformer import Transformer
+
+
+class Runner:
+    """Turns work into hidden states: gathers tokens, positions and slots and runs the layers once."""
+
+    def __init__(self, model: Transformer, cache: PagedCache, block_size: int) -> None:
+        self.model, self.cache, self.block_size = model, cache, block_size
+        self._places = torch.arange(block_size)
+
+    @torch.inference_mode()
+    def run(self, works: Sequence[Work], routing: Routing | None = None) -> Tensor:
+        """Hidden states [N, D] of all scheduled tokens, in the order of `works`."""
+        ids: list[int] = []
+        before: list[int] = []
+        positions: list[int] = []
+        spans: list[Span] = []
+        for work in works:
+            tokens, end = work.sequence.tokens, work.start + work.count
+            spans.append(Span(len(ids), work.start, work.count, self._slots(work.sequence.blocks, end)))
+            ids += tokens[work.start : end]
+            before += (
+                tokens[max(work.start - 1, 0) : end - 1] if work.start else [tokens[0], *tokens[: end - 1]]
+            )
+            positions += range(work.start, end)
+        attend = Paged(self.cache, spans, torch.tensor(before))
+        h: Tensor = self.model(torch.tensor(ids), torch.tensor(positions), attend, routing)
+        return h
+
+    @torch.inference_mode()
+    def logits(self, h: Tensor) -> Tensor:
+        """h [M, D] → [M, V] float32."""
+        return self.model.logits(h).float()
+
+    def _slots(self, blocks: Sequence[int], length: int) -> Tensor:
+        """Cache rows of a sequence's first `length` tokens."""
+        used = -(-length // self.block_size)
+        table = torch.tensor(blocks[:used])
+        return (table[:, None] * self.block_size + self._places).flatten()[:length]

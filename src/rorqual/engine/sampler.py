@@ -1,0 +1,116 @@
+"""From logits to a token. All in float32, in the order that `SamplingParams` states.
+
+The draw for token i of a request is a pure function of (seed, i), so neighbours, chunks and pre-emption change
+nothing: a uniform number picks from the cumulative distribution over ids.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rorqual.engine.request import SamplingParams, TokenLogprob
+
+GREEDY_BELOW = 1e-5
+_MASK = (1 << 64) - 1
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) from a seed and a counter (the SplitMix64 finaliser)."""
+    z = (seed * 0x9E3779B97F4A7C15 + (index + 1) * 0xD1B54A32D192ED03) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return ((z ^ (z >> 31)) >> 11) / (1 << 53)
+
+
+def sample(
+    logits: Tensor, params: SamplingParams, prompt: Sequence[int], completion: Sequence[int], seed: int
+) -> tuple[int, TokenLogprob | None]:
+    """Draw the next token from logits [V] (finite, float32), with its log-probability where asked."""
+    scores = shape(logits, params, prompt, completion)
+    if params.temperature < GREEDY_BELOW:
+        token = int(scores.argmax())
+        return token, _logprob(scores.log_softmax(-1), token, params.logprobs)
+    kept = keep(scores / params.temperature, params)
+    cumulative = kept.softmax(-1, dtype=torch.float64).cumsum(-1)
+    point = uniform(seed, len(completion)) * float(cumulative[-1])
+    token = int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1))
+    return token, _logprob(kept.log_softmax(-1), token, params.logprobs)
+
+
+def shape(logits: Tensor, params: SamplingParams, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
+    """Bias, grammar and penalties; a copy where anything changes.
+
+    frequency and presence: logit - count * frequency - (count > 0) * presence over the completion (OpenAI's formula);
+    repetition: divided where positive, multiplied where negative, over prompt and completion (arXiv 1909.05858).
+    """
+    plain = (
+        not params.logit_bias
+        and params.mask is None
+        and params.frequency_penalty == params.presence_penalty == 0
+        and params.repetition_penalty == 1
+    )
+    if plain:
+        return logits
+    logits = logits.clone()
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias))
+        logits[ids] += torch.tensor(list(params.logit_bias.values()), dtype=logits.dtype)
+    allowed = None if params.mask is None else params.mask.allowed()
+    if allowed is not None:
+        logits[~_bits(allowed, len(logits))] = float("-inf")
+    if params.frequency_penalty or params.presence_penalty:
+        counts = Counter(completion)
+        if counts:
+            ids = torch.tensor(list(counts))
+            times = torch.tensor(list(counts.values()), dtype=logits.dtype)
+            logits[ids] -= times * params.frequency_penalty + params.presence_penalty
+    if params.repetition_penalty != 1:
+        ids = torch.tensor(sorted({*prompt, *completion}))
+        seen = logits[ids]
+        logits[ids] = torch.where(
+            seen > 0, seen / params.repetition_penalty, seen * params.repetition_penalty
+        )
+    return logits
+
+
+def keep(logits: Tensor, params: SamplingParams) -> Tensor:
+    """top_k, then top_p, then min_p: logits of what is left out become -inf."""
+    if 0 < params.top_k < len(logits):
+        worst = logits.topk(params.top_k).values[-1]
+        logits = logits.masked_fill(logits < worst, float("-inf"))
+    if params.top_p < 1:
+        ordered, ids = logits.sort(descending=True, stable=True)
+        p = ordered.softmax(-1)
+        out = p.cumsum(-1) - p >= params.top_p  # the first token is always kept
+        logits = logits.masked_fill(torch.zeros_like(out).scatter(0, ids, out), float("-inf"))
+    if params.min_p > 0:
+        p = logits.softmax(-1)
+        logits = logits.masked_fill(p < params.min_p * p.max(), float("-inf"))
+    return logits
+
+
+def top_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprob:
+    """The token's log-probability with the `count` best; logprobs [V]."""
+    top: tuple[tuple[int, float], ...] = ()
+    if count:
+        values, ids = logprobs.topk(min(count, len(logprobs)))
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, float(logprobs[token]), top)
+
+
+def _logprob(logprobs: Tensor, token: int, count: int | None) -> TokenLogprob | None:
+    return None if count is None else top_logprobs(logprobs, token, count)
+
+
+def _bits(mask: bytes, size: int) -> Tensor:
+    """The first `size` bits of a mask, little endian within each byte."""
+    packed = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
+    bits = (packed[:, None] >> torch.arange(8)) & 1
+    flat = bits.flatten().bool()
+    if len(flat) >= size:
+        return flat[:size]
+    return torch.cat((flat, torch.zeros(size - len(flat), dtype=torch.bool)))

@@ -1,0 +1,148 @@
+"""Who computes what in the next step. Plain Python, no tensors.
+
+Running requests that decode come first, one token each, so a long prompt never holds them up; what is left of the
+step's token budget goes to prompts, in chunks. Where the cache is full the last in order gives its blocks back and is
+computed again later, before anyone who came after it.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+
+from rorqual.engine.blocks import BlockPool, block_hash
+from rorqual.engine.config import EngineConfig
+from rorqual.engine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Work:
+    """`count` tokens of a sequence from `start`, to be computed in this step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def last(self) -> bool:
+        """Whether the sequence's newest token is among them, so that the next one can be drawn."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+class Scheduler:
+    """Queues of waiting and running sequences over one pool of blocks."""
+
+    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
+        self.pool, self.config = pool, config
+        self.waiting: list[Sequence] = []  # in order
+        self.running: list[Sequence] = []  # in order
+        self.preemptions = 0
+        self.hit_tokens = self.query_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and release its blocks."""
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._release(sequence)
+
+    def schedule(self) -> list[Work]:
+        """The work of the next step; never empty while anything waits or runs."""
+        budget = self.config.max_num_batched_tokens
+        work: list[Work] = []
+        # decodes, then prompts under way, each in order
+        for sequence in sorted(self.running, key=lambda s: (len(s.tokens) - s.computed > 1, s.order)):
+            if sequence not in self.running or budget == 0:
+                continue  # pre-empted by one before it
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if self._reserve(sequence, count, work):
+                work.append(Work(sequence, sequence.computed, count))
+                budget -= count
+        while self.waiting and budget and len(self.running) < self.config.max_num_seqs:
+            sequence = self.waiting[0]
+            self._find_prefix(sequence)
+            count = min(len(sequence.tokens) - sequence.computed, budget)
+            if not self._grow(sequence, count):
+                self._release(sequence)
+                break
+            self.waiting.pop(0)
+            bisect.insort(self.running, sequence, key=lambda s: s.order)
+            work.append(Work(sequence, sequence.computed, count))
+            budget -= count
+        return work
+
+    def computed(self, work: Work) -> None:
+        """Note that a piece of work is in the cache; full blocks become findable."""
+        sequence, size = work.sequence, self.config.block_size
+        sequence.computed = work.start + work.count
+        if not self.config.prefix_cache:
+            return
+        full = sequence.computed // size
+        self._name(sequence, full)
+        while sequence.published < full:
+            index = sequence.published
+            self.pool.publish(sequence.blocks[index], sequence.hashes[index + 1])
+            sequence.published += 1
+
+    def _reserve(self, sequence: Sequence, count: int, work: list[Work]) -> bool:
+        """Blocks for the next `count` tokens, pre-empting from the end of the order; False if it was itself the last."""
+        while not self._grow(sequence, count):
+            victim = self.running[-1]
+            self._preempt(victim)
+            work[:] = [w for w in work if w.sequence is not victim]
+            if victim is sequence:
+                return False
+        return True
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        need = -(-(sequence.computed + count) // self.config.block_size) - len(sequence.blocks)
+        if need > self.pool.available:
+            return False
+        for _ in range(need):
+            block = self.pool.allocate()
+            assert block is not None
+            sequence.blocks.append(block)
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self._release(victim)
+        victim.preemptions += 1
+        self.preemptions += 1
+        self.add(victim)
+
+    def _release(self, sequence: Sequence) -> None:
+        # the last block first: the beginning of a prompt is what others will look for, so it is evicted last
+        for block in reversed(sequence.blocks):
+            self.pool.release(block)
+        sequence.blocks, sequence.computed, sequence.published = [], 0, 0
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        """Take over blocks that an earlier request computed; the last token is always computed anew."""
+        size = self.config.block_size
+        wanted = (len(sequence.tokens) - 1) // size
+        if not self.config.prefix_cache or sequence.request.params.prompt_logprobs is not None:
+            wanted = 0
+        self._name(sequence, wanted)
+        for index in range(wanted):
+            block = self.pool.find(sequence.hashes[index + 1])
+            if block is None:
+                break
+            sequence.blocks.append(block)
+        sequence.published = len(sequence.blocks)
+        sequence.computed = len(sequence.blocks) * size
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
+            self.hit_tokens += sequence.cached_tokens
+            self.query_tokens += sequence.prompt_len
+
+    def _name(self, sequence: Sequence, full: int) -> None:
+        """Hash the first `full` blocks' tokens, as far as not done yet."""
+        size = self.config.block_size
+        while len(sequence.hashes) <= full:
+            index = len(sequence.hashes) - 1
+            tokens = sequence.tokens[index * size : (index + 1) * size]
+            sequence.hashes.append(block_hash(sequence.hashes[-1], tokens))

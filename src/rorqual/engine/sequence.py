@@ -1,0 +1,61 @@
+"""A request on its way: its tokens, how far the cache holds them, its blocks, its answer so far."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from rorqual.engine.blocks import Hash
+from rorqual.engine.request import Request, TokenLogprob
+from rorqual.engine.stop import StopChecker
+
+
+@dataclass(eq=False)
+class Sequence:
+    """State of one request. `computed` tokens are in the cache; `tokens` are prompt and completion together."""
+
+    request: Request
+    arrival: int
+    max_tokens: int
+    stop: StopChecker
+    seed: int
+    hashes: list[Hash]  # [0] is the root; one more for each full block that was named
+    tokens: list[int] = field(default_factory=list)
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    published: int = 0  # leading blocks that are findable
+    cached_tokens: int | None = None  # set when it is first admitted
+    started: bool = False  # whether a delta was sent
+    preemptions: int = 0
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    arrived_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def completion(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who comes first: lower priority number, then earlier arrival."""
+        return (self.request.priority, self.arrival)
+
+    @property
+    def expired(self) -> bool:
+        limit = self.request.deadline_s
+        return limit is not None and time.monotonic() - self.arrived_at > limit
