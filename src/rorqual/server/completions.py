@@ -86,7 +86,9 @@ def _encode(prompt: Any, suffix: str | None, model: Served, index: int) -> list[
     if suffix:
         raise invalid("suffix needs a prompt of text, not of token ids", "suffix")
     if not isinstance(prompt, list) or not all(isinstance(i, int) for i in prompt):
-        raise invalid(f"prompt[{index}]: mixes texts and token ids", f"prompt[{index}]", "invalid_type")
+        raise invalid(
+            f"prompt[{index}]: must be a text or a list of token ids", f"prompt[{index}]", "invalid_type"
+        )
     size = model.bridge.engine.vocab_size
     wrong = next((i for i in prompt if not 0 <= i < size), None)
     if wrong is not None:

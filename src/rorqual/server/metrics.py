@@ -74,7 +74,8 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The page that /metrics answers (OpenMetrics, with request ids as exemplars)."""
-        return openmetrics.generate_latest(self._registry)
+        # The default escaping would turn the colons of the names into underscores.
+        return openmetrics.generate_latest(self._registry, escaping=openmetrics.ALLOWUTF8)
 
 
 class _EngineGauges(Collector):

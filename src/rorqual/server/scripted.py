@@ -29,7 +29,6 @@ from rorqual.errors import ConfigError, RequestError
 from rorqual.server.markers import partial_end
 
 BOS, EOS = 256, 257
-SPECIAL_TOKENS = {"<bos>": BOS, "<eos>": EOS}
 _DECODER = codecs.getincrementaldecoder("utf-8")
 _BLOCK = 16  # tokens of a prompt that are cached together
 
@@ -78,6 +77,9 @@ class ByteTokenizer:
     def __init__(self, pieces: Sequence[str] = ()) -> None:
         self._tokens = [bytes([b]) for b in range(256)] + [b"<bos>", b"<eos>"]
         self._pieces = {piece: 258 + i for i, piece in enumerate(dict.fromkeys(pieces))}
+        markers = {p: i for p, i in self._pieces.items() if p.startswith("<") and p.endswith(">")}
+        self._ids = {"<bos>": BOS, "<eos>": EOS, **markers}
+        self._markers = f"({'|'.join(map(re.escape, self._ids))})"
         self._tokens += [piece.encode() for piece in self._pieces]
 
     @property
@@ -91,12 +93,13 @@ class ByteTokenizer:
         return (BOS, EOS)
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
-        """UTF-8 bytes; with `special`, `<bos>` and `<eos>` are one token each. One `<bos>` first unless
-        unwanted.
+        """UTF-8 bytes; with `special`, `<bos>`, `<eos>` and pieces of that form are one token each. One
+        `<bos>` first unless unwanted.
         """
         ids: list[int] = []
-        for part in re.split("(<bos>|<eos>)", text) if special else [text]:
-            ids += [SPECIAL_TOKENS[part]] if special and part in SPECIAL_TOKENS else list(part.encode())
+        for part in re.split(self._markers, text) if special else [text]:
+            marker = self._ids.get(part) if special else None
+            ids += [marker] if marker is not None else list(part.encode())
         return ids if add_bos is False or ids[:1] == [BOS] else [BOS, *ids]
 
     def piece_id(self, piece: str) -> int:
