@@ -8,9 +8,13 @@ from typing import Literal
 
 Kind = Literal["code", "chinese", "prose"]
 
-CODE_SUFFIXES = frozenset(
-    [".py", ".pyi", ".js", ".ts", ".tsx", ".jsx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".rb", ".php", ".pl", ".lua", ".sh", ".sql", ".r", ".jl", ".scala", ".swift", ".cs", ".hs", ".ml", ".tex", ".css", ".toml", ".yaml", ".yml", ".cmake"]
-)
+# fmt: off
+CODE_SUFFIXES = frozenset({
+    ".py", ".pyi", ".js", ".ts", ".tsx", ".jsx", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go",
+    ".java", ".kt", ".rb", ".php", ".pl", ".lua", ".sh", ".sql", ".r", ".jl", ".scala", ".swift", ".cs",
+    ".hs", ".ml", ".tex", ".css", ".toml", ".yaml", ".yml", ".cmake",
+})
+# fmt: on
 HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 WORDS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|\w+")
 

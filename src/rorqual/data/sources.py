@@ -175,11 +175,11 @@ def _span(path: Path, unit: Unit) -> bytes:
 
 def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.suffix == ".zst":
         import zstandard
 
-        return zstandard.open(path, "rb")  # type: ignore[no-any-return]
+        return zstandard.open(path, "rb")
     return path.open("rb")
 
 

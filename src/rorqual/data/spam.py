@@ -10,7 +10,8 @@ from rorqual.data.document import Document, words
 
 # Phrases of link sellers, shops and casinos; one line with two of them, or one beside an address, is bait.
 _BAIT = re.compile(
-    r"buy (?:cheap|online|now)|cheap(?:est)? (?:price|viagra|cialis|replica)|online casino|free (?:download|shipping|spins)"
+    r"buy (?:cheap|online|now)|cheap(?:est)? (?:price|viagra|cialis|replica)|online casino"
+    r"|free (?:download|shipping|spins)"
     r"|best price|click here|order now|limited offer|payday loan|seo services|backlinks?|replica watch|weight loss"
     r"|no prescription|lowest price|discount code|work from home|make money (?:fast|online)|100% (?:free|guaranteed)"
     r"|在线赌博|真人娱乐|博彩|代开发票|办证|加微信|低价批发|点击这里|包邮|刷单|六合彩|彩票网",

@@ -1,0 +1,473 @@
+"""The build: two passes over the text with a compressed spool between them, so that memory stays flat.
+
+Pass one (processes): read, normalise, judge, fingerprint. Here: deduplicate in order, count lines, split. Pass two
+(processes): cut boilerplate, remove overlaps, tokenise. Here: write shards. meta.json comes last, in a folder that
+takes its name only when all is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rorqual.config import to_dict
+from rorqual.data.boilerplate import LineCounter, cut_boilerplate, line_hashes
+from rorqual.data.bpe import train_bpe, write_tokenizer
+from rorqual.data.config import BuildConfig, Stages
+from rorqual.data.dedup import Deduplicator, Fingerprint, fingerprint
+from rorqual.data.document import Document
+from rorqual.data.normalise import normalise
+from rorqual.data.overlap import SHARE, NgramSet
+from rorqual.data.quality import quality
+from rorqual.data.report import write_report
+from rorqual.data.shards import ShardWriter, describe, id_dtype
+from rorqual.data.sources import Skipped, Unit, find_files, read_unit, units
+from rorqual.data.spam import spam
+from rorqual.errors import DataError
+from rorqual.text.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Judged:
+    """A document after pass one: its text with its fingerprints, or why it was dropped."""
+
+    doc: Document
+    raw_bytes: int
+    dropped: str | None = None
+    print: Fingerprint | None = None
+    lines: NDArray[np.uint32] | None = None
+
+
+@dataclass
+class Tally:
+    """What each stage removed and why, with a few examples."""
+
+    documents: int = 0
+    raw_bytes: int = 0
+    kept: int = 0
+    kept_bytes: int = 0
+    removed: dict[str, dict[str, int]] = field(default_factory=dict)  # stage → reason → documents
+    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # reason → origin and beginning
+    boilerplate_lines: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def drop(self, stage: str, reason: str, doc: Document) -> None:
+        reasons = self.removed.setdefault(stage, {})
+        reasons[reason] = reasons.get(reason, 0) + 1
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < 3:
+            shown.append({"origin": _short(doc.origin), "text": doc.text[:300]})
+
+
+def build(config: BuildConfig, say: Say = lambda _: None) -> dict[str, Any]:
+    """Build the folder `config.out` and return its meta. Raises DataError before work begins for sources or a
+    tokenizer that cannot be used, and where nothing is left to train on."""
+    if config.out.exists():
+        raise DataError(f"{config.out.resolve()}: exists already; remove it or choose another folder")
+    skipped = Skipped()
+    given = None if config.tokenizer is None else Tokenizer.load(config.tokenizer)
+    files = find_files(config.sources, skipped)
+    evaluation = _evaluation_texts(config)
+    config.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    work = config.out.absolute().with_name(f".{config.out.name}.{os.getpid()}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        meta = _build_in(work, config, files, given, evaluation, skipped, say)
+        os.rename(work, config.out)
+    except OSError as e:
+        raise DataError(
+            f"{config.out.resolve()}: cannot be written ({e.strerror or e}); nothing was left behind"
+        ) from e
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return meta
+
+
+def _build_in(
+    work: Path,
+    config: BuildConfig,
+    files: Sequence[Path],
+    given: Tokenizer | None,
+    evaluation: Sequence[str],
+    skipped: Skipped,
+    say: Say,
+) -> dict[str, Any]:
+    tally = Tally()
+    limit = None if config.limit_mb is None else int(config.limit_mb * 1e6)
+    say(f"reading {len(files):,} files")
+    spool = Spool(work / "spool")
+    counter = LineCounter()
+    with _pool(config.workers) as run:
+        begin = time.perf_counter()
+        _first_pass(config, files, limit, run, spool, counter, tally, skipped, say)
+        tally.seconds["read, judge, deduplicate"] = time.perf_counter() - begin
+        spool.close()
+        if not tally.kept:
+            raise DataError(
+                f"no document was kept of {tally.documents:,} read; removed by: {_reasons(tally, skipped)}"
+            )
+        tokenizer_json = _tokenizer_json(config, given, spool, work, tally, say)
+        counts = work / "lines.u8"
+        counter.counts.tofile(counts)
+        heldout = [d["text"] for d in spool.read("heldout")]
+        begin = time.perf_counter()
+        splits = _second_pass(
+            config, run, spool, counts, tokenizer_json, heldout, evaluation, work, tally, say
+        )
+        tally.seconds["cut, tokenise, write"] = time.perf_counter() - begin
+    spool.remove()
+    counts.unlink()
+    tokenizer = Tokenizer.load(work)
+    meta = {
+        "format": 1,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": str(id_dtype(tokenizer.vocab_size)),
+        "config": to_dict(config),
+        "splits": splits,
+        "tally": to_dict(tally),
+        "skipped": {"counts": skipped.counts, "examples": skipped.examples},
+    }
+    if not sum(s["tokens"] for s in splits["train"]):
+        raise DataError(f"no training text was left; the stages that removed it: {_reasons(tally, skipped)}")
+    write_report(work / "report.html", meta)
+    for path in work.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    (work / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return meta
+
+
+# Pass one ---------------------------------------------------------------------------------------------------------
+
+
+def judge_unit(task: tuple[Unit, Stages, str]) -> tuple[list[Judged], Skipped]:
+    """In a worker: the documents of a unit, judged and fingerprinted."""
+    unit, stages, text_key = task
+    skipped = Skipped()
+    return [judge(doc, stages) for doc in read_unit(unit, skipped, text_key)], skipped
+
+
+def judge(doc: Document, stages: Stages) -> Judged:
+    """Run the stages that look at one document alone."""
+    out = Judged(doc, len(doc.text.encode()))
+    for name, stage in (("normalise", normalise), ("quality", quality), ("spam", spam)):
+        if getattr(stages, name):
+            reason = stage(doc)
+            if reason is not None:
+                out.dropped = f"{name}|{reason}"
+                doc.text = doc.text[:300]
+                return out
+    if stages.dedup:
+        out.print = fingerprint(doc.text)
+    if stages.boilerplate:
+        out.lines = line_hashes(doc)
+    return out
+
+
+def _first_pass(
+    config: BuildConfig,
+    files: Sequence[Path],
+    limit: int | None,
+    run: Run,
+    spool: Spool,
+    counter: LineCounter,
+    tally: Tally,
+    skipped: Skipped,
+    say: Say,
+) -> None:
+    dedup = Deduplicator()
+    tasks = ((unit, config.stages, config.text_key) for unit in units(files, limit))
+    said = time.monotonic()
+    for judged, missed in run(judge_unit, tasks):
+        skipped.merge(missed)
+        for one in judged:
+            tally.documents += 1
+            tally.raw_bytes += one.raw_bytes
+            reason = one.dropped
+            if reason is None and one.print is not None:
+                repeated = dedup.seen(one.print)
+                reason = None if repeated is None else f"dedup|{repeated}"
+            if reason is not None:
+                stage, _, rule = reason.partition("|")
+                tally.drop(stage, rule, one.doc)
+                continue
+            if one.lines is not None:
+                counter.add(one.lines)
+            tally.kept += 1
+            late = spool.documents["heldout"] == 0 and config.heldout and tally.kept >= 2 / config.heldout
+            heldout = _is_heldout(one.doc, config) or late  # a small pool gets a held-out document too
+            spool.write("heldout" if heldout else "train", one.doc)
+        _check_malformed(config, tally, skipped)
+        if time.monotonic() - said > 2:
+            said = time.monotonic()
+            say(f"read {tally.raw_bytes / 1e6:,.1f} MB, kept {tally.kept:,} of {tally.documents:,} documents")
+
+
+def _is_heldout(doc: Document, config: BuildConfig) -> bool:
+    """By a hash of the text: a document's split depends on nothing but itself and the seed."""
+    digest = hashlib.blake2b(
+        doc.text.encode(), digest_size=8, salt=config.seed.to_bytes(8, "little")
+    ).digest()
+    return int.from_bytes(digest, "little") < config.heldout * 2.0**64
+
+
+def _check_malformed(config: BuildConfig, tally: Tally, skipped: Skipped) -> None:
+    bad = sum(n for reason, n in skipped.counts.items() if reason.startswith(("malformed", "text is not")))
+    if bad > 20 and bad > config.max_malformed * (bad + tally.documents):
+        examples = [
+            e
+            for r, shown in skipped.examples.items()
+            if r.startswith(("malformed", "text is not"))
+            for e in shown
+        ]
+        raise DataError(
+            f"{bad} of {bad + tally.documents} records are malformed (first: {', '.join(examples[:3])}); mend them, or "
+            f"raise max_malformed={config.max_malformed}"
+        )
+
+
+# Between the passes -------------------------------------------------------------------------------------------------
+
+
+def _tokenizer_json(
+    config: BuildConfig, given: Tokenizer | None, spool: Spool, work: Path, tally: Tally, say: Say
+) -> str:
+    if given is not None:
+        assert config.tokenizer is not None
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (config.tokenizer / name).is_file():
+                shutil.copyfile(config.tokenizer / name, work / name)
+        return (work / "tokenizer.json").read_text(encoding="utf-8")
+    say(f"training a tokenizer of {config.vocab_size:,} tokens")
+    begin = time.perf_counter()
+    text = train_bpe(_sample(spool, int(config.tokenizer_mb * 1e6)), config.vocab_size)
+    tally.seconds["train the tokenizer"] = time.perf_counter() - begin
+    write_tokenizer(work, text)
+    return text
+
+
+def _sample(spool: Spool, limit: int) -> Iterator[str]:
+    """Documents spread over the whole pool, up to `limit` bytes."""
+    step = max(1, spool.bytes["train"] // max(limit, 1))
+    for i, tree in enumerate(spool.read("train")):
+        if i % step == 0:
+            yield tree["text"]
+
+
+def _evaluation_texts(config: BuildConfig) -> list[str]:
+    skipped = Skipped()
+    files = find_files(config.evaluation, skipped) if config.evaluation else []
+    return [d.text for u in units(files, None) for d in read_unit(u, skipped, config.text_key)]
+
+
+# Pass two -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Finisher:
+    """What a worker needs for pass two; made once in each process."""
+
+    tokenizer: Tokenizer
+    counts: NDArray[np.uint8]
+    heldout: NgramSet
+    evaluation: NgramSet
+    stages: Stages
+
+    def finish(
+        self, trees: Sequence[dict[str, str]], split: str
+    ) -> tuple[list[Any], list[tuple[str, Document]], int]:
+        """(ids and text bytes of each kept document), (dropped with reason), lines cut."""
+        kept, dropped, cut = [], [], 0
+        for tree in trees:
+            doc = Document(**tree)  # type: ignore[arg-type]
+            if self.stages.boilerplate:
+                cut += cut_boilerplate(doc, self.counts)
+            reason = self._overlap(doc, split) if doc.text.strip() else "empty after boilerplate"
+            if reason is not None:
+                doc.text = doc.text[:300]
+                dropped.append((reason, doc))
+            else:
+                kept.append(doc.text)
+        ids = self.tokenizer.encode_batch(kept)
+        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        eos = list(self.tokenizer.eos_ids[:1])
+        dtype = id_dtype(self.tokenizer.vocab_size)
+        out = [
+            (np.array([*bos, *i, *eos], dtype=dtype), len(t.encode())) for i, t in zip(ids, kept, strict=True)
+        ]
+        return out, dropped, cut
+
+    def _overlap(self, doc: Document, split: str) -> str | None:
+        if not self.stages.overlap:
+            return None
+        if len(self.evaluation) and self.evaluation.share(doc.text) > 0:
+            return "shares a 13-gram with the evaluation set"
+        if split == "train" and self.heldout.share(doc.text) > SHARE:
+            return f"over {SHARE:.0%} of its 13-grams are in the held-out set"
+        return None
+
+
+_finisher: Finisher | None = None  # of this worker process
+
+
+def _prepare(
+    tokenizer_dir: str, counts: str, heldout: list[str], evaluation: list[str], stages: Stages
+) -> None:
+    global _finisher
+    table = np.memmap(counts, dtype=np.uint8, mode="r")
+    _finisher = Finisher(
+        Tokenizer.load(tokenizer_dir), table, NgramSet(heldout), NgramSet(evaluation), stages
+    )
+
+
+def finish_batch(task: tuple[list[dict[str, str]], str, tuple[Any, ...]]) -> tuple[list[Any], list[Any], int]:
+    """In a worker: tokenise a batch of documents of one split."""
+    trees, split, setup = task
+    if _finisher is None:
+        _prepare(*setup)
+    assert _finisher is not None
+    return _finisher.finish(trees, split)
+
+
+def _second_pass(
+    config: BuildConfig,
+    run: Run,
+    spool: Spool,
+    counts: Path,
+    tokenizer_json: str,
+    heldout: list[str],
+    evaluation: Sequence[str],
+    work: Path,
+    tally: Tally,
+    say: Say,
+) -> dict[str, Any]:
+    global _finisher
+    _finisher = None  # a worker of this same process (workers=1) may hold an earlier build's
+    setup = (str(work), str(counts), heldout, list(evaluation), config.stages)
+    vocab = Tokenizer.from_json(tokenizer_json).vocab_size
+    splits: dict[str, Any] = {}
+    for split in ("train", "heldout"):
+        say(f"tokenising {spool.documents[split]:,} documents ({split})")
+        writer = ShardWriter(work / split, vocab)
+        for kept, dropped, cut in run(finish_batch, ((b, split, setup) for b in _batches(spool.read(split)))):
+            for ids, size in kept:
+                writer.add(ids, size)
+                tally.kept_bytes += size
+            for reason, doc in dropped:
+                tally.kept -= 1
+                tally.drop("boilerplate" if reason.startswith("empty") else "overlap", reason, doc)
+            tally.boilerplate_lines += cut
+        splits[split] = describe(writer.close())
+    _finisher = None
+    return splits
+
+
+def _batches(trees: Iterable[dict[str, str]], size: int = 1_000_000) -> Iterator[list[dict[str, str]]]:
+    batch: list[dict[str, str]] = []
+    total = 0
+    for tree in trees:
+        batch.append(tree)
+        total += len(tree["text"])
+        if total >= size:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
+
+
+# Plumbing -----------------------------------------------------------------------------------------------------------
+
+
+class Spool:
+    """Documents between the passes, compressed, one file a split."""
+
+    def __init__(self, folder: Path) -> None:
+        import zstandard
+
+        self.folder = folder
+        folder.mkdir()
+        self.documents = {"train": 0, "heldout": 0}
+        self.bytes = {"train": 0, "heldout": 0}
+        self._files = {s: zstandard.open(folder / f"{s}.zst", "wb") for s in self.documents}
+
+    def write(self, split: str, doc: Document) -> None:
+        line = (
+            json.dumps({"text": doc.text, "origin": doc.origin, "kind": doc.kind}, ensure_ascii=False) + "\n"
+        )
+        self._files[split].write(line.encode())
+        self.documents[split] += 1
+        self.bytes[split] += len(line)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def read(self, split: str) -> Iterator[dict[str, str]]:
+        import zstandard
+
+        with zstandard.open(self.folder / f"{split}.zst", "rt", encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                yield json.loads(line)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[Run]:
+    """A function that maps in order over processes with few tasks under way; in this process where one suffices."""
+    count = workers or len(os.sched_getaffinity(0))
+    if count == 1:
+        yield lambda function, tasks: map(function, tasks)
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    context = multiprocessing.get_context("spawn")  # a forked child would inherit locks of other threads
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        yield lambda function, tasks: _ordered(pool, function, tasks, ahead=2 * count)
+
+
+def _ordered(
+    pool: ProcessPoolExecutor, function: Callable[[T], R], tasks: Iterable[T], ahead: int
+) -> Iterator[R]:
+    waiting: list[Future[R]] = []
+    for task in tasks:
+        waiting.append(pool.submit(function, task))
+        if len(waiting) >= ahead:
+            yield waiting.pop(0).result()
+    for future in waiting:
+        yield future.result()
+
+
+def _reasons(tally: Tally, skipped: Skipped) -> str:
+    found = {**skipped.counts, **{r: n for reasons in tally.removed.values() for r, n in reasons.items()}}
+    return (
+        ", ".join(f"{r} ({n})" for r, n in sorted(found.items(), key=lambda item: -item[1])[:5])
+        or "none were read"
+    )
+
+
+def _short(origin: str) -> str:
+    """The end of a path: enough to recognise it, without the folders of the machine."""
+    return "/".join(Path(origin).parts[-3:])
