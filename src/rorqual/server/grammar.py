@@ -19,9 +19,6 @@ from llguidance import LLMatcher, LLTokenizer
 
 from rorqual.server.faults import invalid
 
-# One blank or one line break with its indentation between tokens of JSON: enough for pretty printing, and no
-# endless run of blanks.
-_WHITESPACE = r"( |\n {0,16})?"
 _LONGEST_CLOSING = 512  # tokens; a grammar that needs more to end is left to run into max_tokens
 
 
@@ -319,18 +316,20 @@ class Constrained:
 
 
 class _JsonText:
-    """Whether the JSON so far ends inside a string: what closes it depends on that."""
+    """Where the JSON so far ends: within a string or a number, or between. What closes it depends on that."""
 
-    _OUTSIDE = tuple(bytes([c]) for c in b'}]"0123456789tfn-{[,: ')
-    _INSIDE = tuple(bytes([c]) for c in b'"abcdefghijklmnopqrstuvwxyz0123456789')
+    _BETWEEN = tuple(bytes([c]) for c in b'}]"0123456789tfn-{[,: ')
+    _STRING = tuple(bytes([c]) for c in b'"abcdefghijklmnopqrstuvwxyz0123456789')
+    _NUMBER = tuple(bytes([c]) for c in b"}],0123456789.eE-+ ")
 
     def __init__(self) -> None:
         self.in_string = False
+        self._in_number = False
         self._escaped = False
 
     def copy(self) -> _JsonText:
         twin = _JsonText()
-        twin.in_string, twin._escaped = self.in_string, self._escaped
+        twin.in_string, twin._in_number, twin._escaped = self.in_string, self._in_number, self._escaped
         return twin
 
     def push(self, piece: bytes) -> None:
@@ -341,10 +340,13 @@ class _JsonText:
                 self._escaped = True
             elif c == 0x22:
                 self.in_string = not self.in_string
+            self._in_number = not self.in_string and c in b"0123456789"
 
     def closers(self) -> tuple[bytes, ...]:
         """Single bytes to try, the one that ends most first."""
-        return self._INSIDE if self.in_string else self._OUTSIDE
+        if self.in_string:
+            return self._STRING
+        return self._NUMBER if self._in_number else self._BETWEEN
 
 
 class PhasedMask:
@@ -417,7 +419,8 @@ def supported(schema: dict[str, Any]) -> bool:
         return False
 
 
-_OPTIONS: JsonCompileOptions = {"whitespace_flexible": True, "whitespace_pattern": _WHITESPACE}
+# At most one blank after a comma or a colon, none elsewhere: no room for an endless run of white space.
+_OPTIONS: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 def _schema_grammar(schema: dict[str, Any]) -> str:

@@ -19,4 +19,9 @@ def scripted(name: str, script: Path | Script, max_open: int) -> Served:
 
 def load_served(name: str, path: Path, max_open: int) -> Served:
     """A model folder or file behind the engine."""
-    raise ConfigError(f"model={path}: no engine")
+    from rorqual.engine.llm import LLM
+
+    llm = LLM(path)
+    if llm.tokenizer is None:
+        raise ConfigError(f"model={path}: has no tokenizer.json, and text cannot be served without one")
+    return Served(name, llm.tokenizer, llm.loaded.template, Bridge(llm.engine, max_open))

@@ -153,10 +153,17 @@ class _Running:
     cached: int
     random: random.Random
     ready_at: float
+    at: int = 0  # place in the script
     made: list[int] = field(default_factory=list)
     raw: bytearray = field(default_factory=bytearray)
     sent: int = 0  # characters given out
     begun: bool = False
+
+    def scripted(self, at: int) -> int:
+        """The script's token at a place; EOS after its end."""
+        if at < len(self.script):
+            return self.script[at]
+        return self.script[at % len(self.script)] if self.answer.endless and self.script else EOS
 
 
 class ScriptedEngine:
@@ -291,11 +298,11 @@ class ScriptedEngine:
             delta.finish_reason = "length"
 
     def _draw(self, running: _Running) -> int:
-        params, at = running.request.params, len(running.made)
-        script = running.script
-        wanted = script[at % len(script)] if script and (at < len(script) or running.answer.endless) else EOS
+        """The next token of the script that is allowed; what a mask or bias forbids is passed over."""
+        params = running.request.params
         if params.mask is None and not params.logit_bias and not running.answer.random:
-            return wanted
+            running.at += 1
+            return running.scripted(running.at - 1)
         bits = params.mask.allowed() if params.mask is not None else None
         allowed = [i for i in range(self.vocab_size) if bits is None or bits[i >> 3] >> (i & 7) & 1]
         allowed = [i for i in allowed if params.logit_bias.get(i, 0.0) > -100]
@@ -304,7 +311,11 @@ class ScriptedEngine:
             return running.random.choice(forced or [i for i in allowed if i != BOS])
         if forced:
             return forced[0]
-        return wanted if wanted in allowed else allowed[0]
+        for at in range(running.at, running.at + len(running.script) + 1):
+            if running.scripted(at) in allowed:
+                running.at = at + 1
+                return running.scripted(at)
+        return allowed[0]
 
     def _logprob(self, token_id: int, count: int) -> TokenLogprob:
         """A made-up distribution: the token has half the mass, its successors half of what is left each."""
