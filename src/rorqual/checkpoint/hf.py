@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -256,11 +256,14 @@ def save_model(
     texts: Mapping[str, str] | None = None,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a folder that transformers loads unchanged (without our extensions), whole or not at all.
 
     `tokenizer_from`: a folder whose tokenizer files come along; `texts`: further small files, name to
     content.
+
+    `more` writes further files into the folder before it takes its name.
     """
     with whole_folder(Path(folder), replace) as work:
         _write_weights(model, work, dtype, shard_bytes)
@@ -278,6 +281,8 @@ def save_model(
                 shutil.copyfile(tokenizer_from / name, work / name)
         for name, content in (texts or {}).items():
             (work / name).write_text(content, encoding="utf-8")
+        if more is not None:
+            more(work)
 
 
 def _write_weights(model: Transformer, work: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:

@@ -90,8 +90,8 @@ def restore(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[
         ours, theirs = config.to_hf(), saved.to_hf()
         key = next((k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)), "config")
         raise RunError(
-            f"{folder.resolve()}: {key}={theirs.get(key)!r}, but the run now asks for {ours.get(key)!r}; keep it, or start "
-            "another run folder"
+            f"{folder.resolve()}: {key}={theirs.get(key)!r}, the run now asks for {ours.get(key)!r}; keep it, or "
+            "start another run folder"
         )
     model = hf.load_model(folder, torch.float32)
     file = TensorFile(folder / MOMENTS)

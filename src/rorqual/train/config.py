@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rorqual.errors import ConfigError
 from rorqual.model.config import ModelConfig
@@ -55,7 +55,7 @@ class Shape:
         width = self.width or 64 * self.depth
         heads = self.heads or max(width // 64, 1)
         dense = _multiple(width * 8 / 3, 16)
-        extensions = {
+        extensions: dict[str, Any] = {
             "logit_softcap": self.logit_softcap,
             "value_embeddings": self.value_embeddings,
             "ngram_table_size": self.ngram_table_size,
@@ -63,7 +63,7 @@ class Shape:
             "smear": self.smear,
         }
         ours = any(extensions.values()) or (self.qk_norm and self.family == "deepseek")
-        common = {
+        common: dict[str, Any] = {
             "vocab_size": self.vocab_size or _multiple(vocab_size, 64),
             "hidden_size": width,
             "intermediate_size": dense,
