@@ -2,7 +2,8 @@
 
 Row k of an epoch of a set is tokens k*T to k*T + T of its documents laid end to end in that epoch's order, so any row
 can be found without reading the ones before it: ranks take every world-th row, and a position in the data is a few
-numbers.
+numbers. Rows are drawn in an order of their own: neighbours are often one long document, and a batch of them would
+be a batch of one document.
 """
 
 from __future__ import annotations
@@ -78,11 +79,12 @@ class Rows:
         self._epoch: int | None = None
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
         self._ends: NDArray[np.int64] = np.empty(0, np.int64)
+        self._rows: NDArray[np.int64] = np.empty(0, np.int64)
 
     def row(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
         """ids, positions and document numbers [T + 1] of a row counted over all epochs."""
         self._lay_out(number // self.per_epoch)
-        start = number % self.per_epoch * self.seq_len
+        start = int(self._rows[number % self.per_epoch]) * self.seq_len
         want = self.seq_len + 1
         ids = np.empty(want, np.int64)
         positions = np.empty(want, np.int64)
@@ -106,11 +108,12 @@ class Rows:
         if epoch == self._epoch:
             return
         count = len(self.tokens)
-        order = (
-            np.random.default_rng([self.seed, epoch]).permutation(count) if self.shuffle else np.arange(count)
-        )
+        order, rows = np.arange(count), np.arange(self.per_epoch)
+        if self.shuffle:
+            generator = np.random.default_rng([self.seed, epoch])
+            order, rows = generator.permutation(order), generator.permutation(rows)
         self._order = order[self.tokens.lengths[order] > 0]
-        self._ends = np.cumsum(self.tokens.lengths[self._order])
+        self._ends, self._rows = np.cumsum(self.tokens.lengths[self._order]), rows
         self._epoch = epoch
 
 
