@@ -1,0 +1,90 @@
+"""Offline generation and the two commands over it."""
+
+from pathlib import Path
+
+import pytest
+
+from rorqual.checkpoint import hf
+from rorqual.checkpoint.loaded import Model
+from rorqual.cli import main
+from rorqual.data.bpe import train_bpe, write_tokenizer
+from rorqual.engine.llm import LLM
+from rorqual.engine.request import SamplingParams
+from rorqual.errors import TokenizerError
+from rorqual.model.transformer import Transformer
+from rorqual.text.tokenizer import Tokenizer
+from rorqual.train.config import Shape
+
+GREEDY = SamplingParams(max_tokens=6, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work = tmp_path_factory.mktemp("llm")
+    write_tokenizer(work, train_bpe(["def f(x):\n    return x\n"] * 3, 300))
+    vocab = Tokenizer.load(work).vocab_size
+    model = Transformer(
+        Shape(depth=2, width=32, heads=2, experts=4, experts_per_token=2).model(vocab, 128, 0, 1)
+    )
+    hf.save_model(model.init_weights(0), work / "model", tokenizer_from=work)
+    return work / "model"
+
+
+def test_answers_come_in_the_order_of_the_prompts(folder: Path) -> None:
+    llm = LLM(folder)
+    prompts = ["def f", [5, 6, 7], [{"role": "user", "content": "hi"}]]
+    answers = llm.generate(prompts, GREEDY)
+    assert [a.prompt_ids for a in answers] == [llm.encode(p) for p in prompts]
+    assert answers[0].prompt_ids[0] == 0
+    assert all(len(a.token_ids) <= 6 and a.finish_reason in ("stop", "length") for a in answers)
+    streamed = "".join(d.text for d in llm.stream("def f", GREEDY))
+    assert streamed == answers[0].text
+
+
+def test_each_prompt_may_have_its_own_params(folder: Path) -> None:
+    a, b = LLM(folder).generate(["x", "x"], [GREEDY, SamplingParams(max_tokens=2, temperature=0)])
+    assert len(b.token_ids) <= 2
+    assert a.token_ids[: len(b.token_ids)] == b.token_ids
+
+
+def test_leaving_a_stream_early_frees_it(folder: Path) -> None:
+    llm = LLM(folder)
+    for _ in llm.stream("def", SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)):
+        break
+    assert not llm.engine.has_work()
+
+
+def test_text_without_a_tokenizer_is_refused(folder: Path) -> None:
+    loaded = LLM(folder).loaded
+    bare = LLM(Model(loaded.model, None, None))
+    assert bare.generate([[1, 2]], GREEDY)[0].text == ""
+    with pytest.raises(TokenizerError, match="give token ids"):
+        bare.generate(["text"], GREEDY)
+
+
+def test_generate_prints_prompt_and_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(folder), "def f", "--max-tokens", "4", "--temperature", "0"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        out
+        == "def f"
+        + LLM(folder).generate(["def f"], SamplingParams(max_tokens=4, temperature=0))[0].text
+        + "\n"
+    )
+
+
+def test_chat_answers_each_line_of_a_pipe(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/clear\nhello\n/exit\nnever read\n"))
+    assert main(["chat", str(folder), "--max-tokens", "4", "--temperature", "0"]) == 0
+    first, second, *rest = capsys.readouterr().out.split("\n")
+    assert first == second
+    assert rest == [""]
+
+
+def test_options_out_of_range_end_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(folder), "x", "--temperature", "-1"]) == 2
+    assert "temperature=-1" in capsys.readouterr().err
