@@ -51,8 +51,8 @@ def row(r: dict[str, Any]) -> str:
         else "not reached"
     )
     note = f" ({r['note']})" if r.get("note") else ""
-    return
-    f"| {r['what']}{note} | {figure(r['ours'])} {r.get('unit', '')} | {peer} | {ratio} | {goal} | {verdict} |"
+    ours = f"{figure(r['ours'])} {r.get('unit', '')}".strip()
+    return f"| {r['what']}{note} | {ours} | {peer} | {ratio} | {goal} | {verdict} |"
 
 
 def figure(value: float | None) -> str:
