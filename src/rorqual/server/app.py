@@ -231,4 +231,4 @@ async def _metrics(caller: Caller) -> Reply:
 
 
 async def _openapi(caller: Caller) -> Reply:
-    return Json(openapi())
+    return Json(openapi(caller.service.models.names()))

@@ -4,6 +4,7 @@ answer.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -57,9 +58,26 @@ _POST_ERRORS = {
 }
 
 
+def openapi(models: list[str]) -> dict[str, Any]:
+    """The document of a server with these models."""
+    document = copy.deepcopy(_document())
+    for name in _GENERATING:
+        document["components"]["schemas"][name]["properties"]["model"] = {"type": "string", "enum": models}
+    return document
+
+
+_GENERATING = (
+    "ChatRequest",
+    "CompletionRequest",
+    "ResponsesRequest",
+    "MessagesRequest",
+    "CountRequest",
+    "DecisionsRequest",
+)
+
+
 @cache
-def openapi() -> dict[str, Any]:
-    """The document, built once from the structs."""
+def _document() -> dict[str, Any]:
     template = "#/components/schemas/{name}"
     _, schemas = msgspec.json.schema_components([op[2] for op in _OPERATIONS], ref_template=template)
     schemas["Error"] = _error_schema()
@@ -86,7 +104,7 @@ def openapi() -> dict[str, Any]:
 def _post(path: str, summary: str, body: type[msgspec.Struct], streams: bool) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {}
     reference = {"$ref": f"#/components/schemas/{body.__name__}"}
     return {
         "summary": summary,
