@@ -115,7 +115,7 @@ def _build_in(
     say(f"reading {len(files):,} files")
     spool = Spool(work / "spool")
     counter = LineCounter()
-    with _pool(config.workers) as run:
+    with contextlib.closing(spool), _pool(config.workers) as run:
         begin = time.perf_counter()
         _first_pass(config, files, limit, run, spool, counter, tally, skipped, say)
         tally.seconds["read, judge, deduplicate"] = time.perf_counter() - begin

@@ -179,22 +179,21 @@ def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".zst":
         import zstandard
 
-        return zstandard.open(path, "rb")
+        return io.BufferedReader(zstandard.open(path, "rb"))
     return path.open("rb")
 
 
 def _json_lines(path: Path, unit: Unit, skipped: Skipped, key: str) -> Iterator[Document]:
-    lines = _open(path) if unit.stop is None else io.BytesIO(_span(path, unit))
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            tree = json.loads(line)
-            text = tree[key]
-        except (ValueError, KeyError, TypeError):
-            skipped.add(f"malformed line (no JSON object with {key!r})", f"{path}:{number}")
-            continue
-        yield from _from_record(text, f"{path}:{number}", skipped)
+    with _open(path) if unit.stop is None else io.BytesIO(_span(path, unit)) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[key]
+            except (ValueError, KeyError, TypeError):
+                skipped.add(f"malformed line (no JSON object with {key!r})", f"{path}:{number}")
+                continue
+            yield from _from_record(text, f"{path}:{number}", skipped)
 
 
 def _parquet(path: Path, skipped: Skipped, key: str) -> Iterator[Document]:
