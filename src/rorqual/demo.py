@@ -70,9 +70,10 @@ def _trained_model(options: DemoOptions) -> Path | int:
     """Data, training, samples; an exit code where a signal ended it."""
     from rorqual.data.build import build
     from rorqual.data.config import BuildConfig
-    from rorqual.train.config import Shape, TrainConfig
+    from rorqual.train.config import TrainConfig
     from rorqual.train.run import train
-    from rorqual.train.trainer import exit_code
+    from rorqual.train.shape import Shape
+    from rorqual.train.stop import exit_code
 
     data, run = options.out / "data", options.out / "run"
     if (data / "meta.json").is_file():
@@ -100,7 +101,7 @@ def _trained_model(options: DemoOptions) -> Path | int:
     result = train(training, resume)
     if result.stopped is not None:
         print(f"     stopped at step {result.step}; run it again to go on")
-        return exit_code(result)
+        return exit_code(result.stopped)
     folder = run / "checkpoints" / f"step-{result.step:08d}"
     print(f"3/3  What it has learnt: {run / 'report.html'}", flush=True)
     _show_samples(run)

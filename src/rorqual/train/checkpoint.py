@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,96 +20,118 @@ from rorqual.errors import CheckpointError, RunError
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 
-STATE, MOMENTS = "trainer.json", "optimizer.safetensors"
+STATE, TENSORS = "trainer.json", "trainer.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run is made of at one step, besides its model: optimizer moments (and adapters), loader position,
+    counters, random state."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    state: Mapping[str, Any]
 
 
 def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save(
-    run: Path,
-    step: int,
-    model: Transformer,
-    moments: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    tokenizer_from: Path,
-    keep: int,
-) -> Path:
+def save(run: Path, model: Transformer, saved: Saved, tokenizer_from: Path, keep: int) -> Path:
     """Write the checkpoint of a step and drop all but the last `keep`. Raises CheckpointError where the disk fails;
     the checkpoints that are there stay whole."""
-    target = folder_of(run, step)
-    if target.exists():
-        return target
-    tensors = {**moments, "torch_rng": torch.get_rng_state()}
+    target = folder_of(run, saved.step)
 
     def more(work: Path) -> None:
-        write_tensors(work / MOMENTS, sorted(tensors.items()))
-        sums = {name: _digest(work / name) for name in sorted(p.name for p in work.iterdir())}
-        text = json.dumps({"step": step, **state, "sha256": sums}, indent=1)
-        (work / STATE).write_text(text + "\n", encoding="utf-8")
+        tensors = {**saved.tensors, "torch_rng": torch.get_rng_state()}
+        write_tensors(work / TENSORS, sorted(tensors.items()))
+        sums = {path.name: digest(path) for path in sorted(work.iterdir())}
+        tree = {"format": FORMAT, "step": saved.step, **saved.state, "sha256": sums}
+        (work / STATE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
 
-    hf.save_model(model, target, tokenizer_from=tokenizer_from, more=more)
-    for old in list_steps(run)[:-keep]:
-        shutil.rmtree(folder_of(run, old), ignore_errors=True)
+    hf.save_model(model, target, tokenizer_from=tokenizer_from, replace=target.exists(), more=more)
+    for old in steps(run)[:-keep]:
+        _drop(folder_of(run, old))
     return target
 
 
-def list_steps(run: Path) -> list[int]:
+def steps(run: Path) -> list[int]:
     """Steps with a checkpoint, in order."""
-    return sorted(
-        int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*") if p.is_dir()
-    )
+    found = (p.name.removeprefix("step-") for p in (run / "checkpoints").glob("step-*") if p.is_dir())
+    return sorted(int(name) for name in found if name.isdigit())
 
 
 def latest(run: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose checksums hold; damaged ones are passed over with a message. None: there is none."""
-    for step in reversed(list_steps(run)):
+    for step in reversed(steps(run)):
         folder = folder_of(run, step)
-        problem = _damage(folder)
+        problem = next(damage(folder), None)
         if problem is None:
             return folder
         say(f"{folder.name} is damaged ({problem}); going back to the one before")
     return None
 
 
-def _damage(folder: Path) -> str | None:
+def damage(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint's files."""
     try:
-        sums = json.loads((folder / STATE).read_text(encoding="utf-8"))["sha256"]
-        for name, want in sums.items():
-            if _digest(folder / name) != want:
-                return f"{name} has another checksum"
-    except (OSError, ValueError, KeyError) as e:
-        return f"{type(e).__name__}: {e}"
-    return None
+        tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        for name, want in tree["sha256"].items():
+            if digest(folder / name) != want:
+                yield f"{name} has another checksum"
+    except FileNotFoundError as e:
+        yield f"{Path(e.filename).name} is missing"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+        yield f"{STATE}: {type(e).__name__}: {e}"
 
 
-def restore(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """(model tensors, optimizer moments, trainer state) of a checkpoint. Raises RunError where its model is another."""
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    saved = hf.load_config(folder)
-    if saved != config:
-        ours, theirs = config.to_hf(), saved.to_hf()
+def clean(run: Path, beyond: int) -> None:
+    """Remove what a killed process left half-written, and checkpoints beyond a step: they were found damaged, or the
+    run has gone back before them."""
+    for path in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for step in steps(run):
+        if step > beyond:
+            _drop(folder_of(run, step))
+
+
+def restore(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Saved]:
+    """(model tensors, the rest) of a checkpoint; torch's random state is set. Raises RunError where its model is
+    another than `config`."""
+    found = hf.load_config(folder)
+    if dataclasses.replace(found, quantization_config=None) != config:
+        ours, theirs = config.to_hf(), found.to_hf()
         key = next((k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)), "config")
         raise RunError(
-            f"{folder.resolve()}: {key}={theirs.get(key)!r}, the run now asks for {ours.get(key)!r}; keep it, or "
-            "start another run folder"
+            f"{folder.resolve()}: the saved model has {key}={theirs.get(key)!r}, the run now asks for "
+            f"{ours.get(key)!r}; keep it, or start another run folder"
         )
-    model = hf.load_model(folder, torch.float32)
-    file = TensorFile(folder / MOMENTS)
-    moments = {name: file.read(name) for name in file.entries}
-    rng = moments.pop("torch_rng", None)
-    if rng is None:
-        raise CheckpointError(
-            f"{folder.resolve()}: {MOMENTS} has no torch_rng; it is not a trainer's checkpoint"
-        )
-    torch.set_rng_state(rng)
-    return dict(model.state_dict()), moments, state
+    tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if tree["format"] != FORMAT:
+        raise CheckpointError(f"{folder.resolve()}: {STATE} has format {tree['format']}, this is {FORMAT}")
+    file = TensorFile(folder / TENSORS)
+    tensors = {name: file.read(name) for name in file.entries}
+    torch.set_rng_state(tensors.pop("torch_rng"))
+    weights = hf.load_model(folder, torch.float32).state_dict()
+    return weights, Saved(int(tree["step"]), tensors, tree)
 
 
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
+def digest(path: Path) -> str:
+    """sha256 of a file."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def _drop(folder: Path) -> None:
+    """Remove a folder, out of sight first: half of it must not look like a checkpoint."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    try:
+        folder.rename(hidden)
+    except OSError:
+        hidden = folder
+    shutil.rmtree(hidden, ignore_errors=True)

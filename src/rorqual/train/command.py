@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from rorqual.config import load_config
+from rorqual.errors import RunError
+
+if TYPE_CHECKING:
+    from rorqual.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -25,37 +30,73 @@ class TrainOptions:
     steps: int | None = None
     init_from: Path | None = None  # a model folder to go on from
     extend_context: int | None = None  # with init_from: stretch its positions by YaRN
-    resume: bool = False  # go on from the last checkpoint
+    resume: bool = False  # go on from the last checkpoint, with the run's own config
+    show: bool = False  # print the config and what it costs, and leave
 
     def all_overrides(self) -> list[str]:
         """Flags as overrides, before those written out."""
         flags = {
-            "out": self.out,
+            "data": [str(d) for d in self.data] or None,
+            "out": None if self.out is None else str(self.out),
             "shape.depth": self.depth,
             "shape.family": self.family,
             "steps": self.steps,
-            "init_from": self.init_from,
+            "init_from": None if self.init_from is None else str(self.init_from),
             "extend_context": self.extend_context,
         }
-        found = [f"{key}={value}" for key, value in flags.items() if value is not None]
-        if self.data:
-            listed = ", ".join(f'"{d}"' for d in self.data)
-            found.append(f"data=[{listed}]")
-        return [*found, *self.overrides]
+        return [f"{k}={json.dumps(v)}" for k, v in flags.items() if v is not None] + list(self.overrides)
 
 
 def train(argv: Sequence[str]) -> int:
     options = tyro.cli(TrainOptions, args=list(argv), prog="rorqual train")
-    from rorqual.train.config import TrainConfig
-
-    config = load_config(TrainConfig, options.config, options.all_overrides())
+    config = train_config(options)
+    if options.show:
+        return _show(config)
     from rorqual.train.run import train as run
-    from rorqual.train.trainer import exit_code
+    from rorqual.train.stop import exit_code
 
     result = run(config, options.resume)
-    where = config.out / "checkpoints" / f"step-{result.step:08d}"
-    if result.stopped is not None:
-        print(f"stopped at step {result.step}; go on with --resume")
+    print(ending(config.out, result.folder, result.step, config.steps))
+    return exit_code(result.stopped)
+
+
+def train_config(options: TrainOptions) -> TrainConfig:
+    """The config of a run: a file or, when it is resumed, the run's own, with overrides on top."""
+    from rorqual.train.config import TrainConfig
+
+    overrides = options.all_overrides()
+    if not options.resume:
+        return load_config(TrainConfig, options.config, overrides)
+    out = load_config(TrainConfig, options.config, [o for o in overrides if o.startswith("out=")]).out
+    own = out / "run.json"
+    if not own.is_file():
+        raise RunError(
+            f"--resume: nothing to resume in {out.resolve()} (no run.json); name the run's folder with --out"
+        )
+    return load_config(TrainConfig, options.config or own, overrides)
+
+
+def _show(config: TrainConfig) -> int:
+    from rorqual.config import to_dict
+    from rorqual.model.cost import cost
+    from rorqual.text.tokenizer import Tokenizer
+    from rorqual.train.bill import bill_lines
+    from rorqual.train.run import model_config
+
+    if config.data or config.init_from is not None:
+        shape = model_config(
+            config, Tokenizer.load(config.data[0] if config.data else config.init_from or Path())
+        )
     else:
-        print(f"report: {config.out / 'report.html'}\ntalk with it: rorqual generate {where} 'def '")
-    return exit_code(result)
+        shape = config.shape.model(config.shape.vocab_size or 4096, config.seq_len)
+    print(json.dumps(to_dict(config), indent=1))
+    print("\n".join(bill_lines(config, cost(shape))))
+    return 0
+
+
+def ending(out: Path, folder: Path, step: int, steps: int) -> str:
+    """What to do next."""
+    report = f"report: {out / 'report.html'}"
+    if step < steps:
+        return f"stopped at step {step:,} of {steps:,}, saved in {folder}; go on with --resume --out {out}\n{report}"
+    return f"{report}\nwrite with it: rorqual generate {folder} 'def '\nserve it: rorqual serve {folder}"

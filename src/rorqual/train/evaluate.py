@@ -1,106 +1,73 @@
-"""How good the model is while it trains: held-out bits per byte, samples, and the share of them that is Python."""
+"""How good a model is on held-out text: nats a token, and bits a byte, which compares across tokenizers."""
 
 from __future__ import annotations
 
-import ast
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rorqual.data.loader import Batch
-from rorqual.model.attend import Cached, Causal, KVCache
 from rorqual.model.transformer import Transformer
 from rorqual.text.tokenizer import Tokenizer
+from rorqual.train.batch import Lesson, Rows
 from rorqual.train.loss import cross_entropy
 
-PROMPTS = ("import ", "def ", "class ", "from ", "    def __init__(self", "# ", "if __name__", "@property\n")
+
+@dataclass(frozen=True)
+class Heldout:
+    """Sums over held-out targets."""
+
+    nats: float
+    tokens: float
+    bytes: float
+
+    @property
+    def loss(self) -> float:
+        """Mean nats a token."""
+        return self.nats / max(self.tokens, 1)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / max(self.bytes, 1)
 
 
-def heldout_loss(model: Transformer, batches: Sequence[Batch], masks: bool = True) -> float:
-    """Mean negative log-likelihood of a token in nats, over every target of the batches."""
-    training = model.training
-    model.eval()
-    total = count = 0.0
-    with torch.no_grad():
-        for batch in batches:
-            weights = target_weights(batch, masks)
-            attend = Causal(batch.document_ids[:, :-1] if masks else None)
-            h = model(batch.ids[:, :-1], _positions(batch, masks)[:, :-1], attend)
-            targets = batch.ids[:, 1:].flatten()
-            flat = h.flatten(0, 1)
-            total += float(
-                cross_entropy(
-                    flat, model.lm_head.weight, targets, weights.flatten(), model.config.logit_softcap
-                )
+def byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """Bytes of text behind each token id [V]; special tokens stand for none."""
+    count = min(tokenizer.vocab_size, vocab_size)
+    sizes = [0 if i in tokenizer.special_ids else len(tokenizer.token_bytes(i)) for i in range(count)]
+    return torch.tensor(sizes + [0] * (vocab_size - count))
+
+
+def heldout(
+    model: Transformer, batches: Sequence[Rows], byte_lengths: Tensor | None = None, masks: bool = True
+) -> Heldout:
+    """The model's loss on every target of the batches, in float32. `byte_lengths` [V] as above, else bytes are 0."""
+    device = model.embed_tokens.weight.device
+    nats = tokens = size = 0.0
+    with evaluating(model):
+        for rows in batches:
+            lesson = Lesson.of(rows, masks).to(device)
+            h = model(lesson.inputs, lesson.positions, lesson.attend()).flatten(0, 1)
+            weights, targets = lesson.weights.flatten(), lesson.targets.flatten()
+            nats += float(
+                cross_entropy(h, model.lm_head.weight, targets, weights, model.config.logit_softcap)
             )
-            count += float(weights.sum())
-    model.train(training)
-    return total / max(count, 1.0)
+            tokens += float(weights.sum())
+            if byte_lengths is not None:
+                size += float((byte_lengths.to(device)[targets] * weights).sum())
+    return Heldout(nats, tokens, size)
 
 
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
-    """From nats a token to bits a byte, which compares models with different tokenizers."""
-    return nats_per_token / math.log(2) / bytes_per_token
-
-
-def target_weights(batch: Batch, masks: bool) -> Tensor:
-    """1 for every target [B, T], but 0 where it belongs to another document than the token before it."""
-    same = batch.document_ids[:, 1:] == batch.document_ids[:, :-1]
-    return same.float() if masks else torch.ones_like(same, dtype=torch.float32)
-
-
-def _positions(batch: Batch, masks: bool) -> Tensor:
-    if masks:
-        return batch.positions
-    return torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
-
-
-def sample(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    tokens: int,
-    seed: int,
-    temperature: float = 0.8,
-) -> list[str]:
-    """One continuation of each prompt, the prompt included."""
+@contextmanager
+def evaluating(model: Transformer) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before comes back."""
     training = model.training
     model.eval()
-    out = []
-    generator = torch.Generator().manual_seed(seed)
-    ends = set(model.config.eos_ids)
-    with torch.no_grad():
-        for prompt in prompts:
-            ids = tokenizer.encode(prompt, add_bos=True)
-            cache, new = KVCache(), list(ids)
-            for _ in range(min(tokens, model.config.max_position_embeddings - len(ids))):
-                x = torch.tensor([new])
-                positions = torch.arange(cache.length, cache.length + len(new))[None]
-                logits = model.logits(model(x, positions, Cached(cache))[:, -1]).float()
-                token = int(torch.multinomial((logits[0] / temperature).softmax(-1), 1, generator=generator))
-                if token in ends:
-                    break
-                ids.append(token)
-                new = [token]
-            out.append(tokenizer.decode(ids, skip_special=True))
-    model.train(training)
-    return out
-
-
-def parses(text: str) -> bool:
-    """Whether a text is Python once its last, possibly unfinished statement is left out."""
-    lines = text.split("\n")
-    for end in range(len(lines), 0, -1):
-        head = "\n".join(lines[:end])
-        if not head.strip():
-            return False
-        try:
-            tree = ast.parse(head)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            if len(lines) - end >= 3:  # only a cut end is forgiven
-                return False
-            continue
-        return bool(tree.body)
-    return False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)

@@ -1,45 +1,20 @@
-"""Muon for matrices, AdamW for embeddings, head, routers and vectors. One step, one state, saved by name.
-
-Muon (Jordan et al., 2024; arXiv 2502.16982): the momentum of a matrix, made orthogonal, is its update. Here with the
-Polar Express coefficients (arXiv 2505.16932), rows evened by their second moments (NorMuon, arXiv 2510.05491), the
-update scaled by 0.2 sqrt(max(rows, columns)) to AdamW's size, and weight decay only where it agrees with the update.
-Matrices of one shape, and all experts of a layer, are made orthogonal in one batched product.
-"""
+"""The optimizer of a run: Muon for matrices and AdamW for the rest, or AdamW alone. State is saved by name."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rorqual.errors import RunError
+from rorqual.train import muon
 from rorqual.train.config import Optim
 
-POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-)
-MOMENTUM_WARMUP = 300  # steps over which the momentum rises from 0.85
-ROW_BETA = 0.95
-
-
-def orthogonal(g: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The nearest semi-orthogonal matrices to g [B, R, C], by five steps of an odd polynomial."""
-    x = g.to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.01 + 1e-7)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for a, b, c in POLAR_EXPRESS:
-        s = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(g.dtype)
+EPS = 1e-8
 
 
 def kind(name: str, p: Tensor) -> str:
@@ -55,139 +30,141 @@ def kind(name: str, p: Tensor) -> str:
 
 
 @dataclass
-class Group:
-    """Parameters that share a rule and a full rate."""
+class Member:
+    """A parameter and its two moments: AdamW's first and second, or Muon's momentum and its rows' second moments."""
 
-    names: list[str]
-    params: list[Tensor]
+    name: str
+    param: Tensor
+    moments: tuple[Tensor, Tensor]
+
+
+@dataclass
+class Group:
+    """Parameters that share a rule and a full rate; under Muon also their shape."""
+
+    muon: bool
+    members: list[Member]
     lr: float
     decay: float
 
+    @property
+    def live(self) -> list[Member]:
+        return [m for m in self.members if m.param.grad is not None]
+
 
 class Optimizer:
-    """`step(share)` applies one update at a share of the full rates. State is float32 and known by parameter name."""
+    """`step(share)` applies one update at a share of the full rates. Moments are float32 whatever the gradients are.
+
+    `dtype` is that of Muon's products.
+    """
 
     def __init__(
         self, named: Iterable[tuple[str, Tensor]], config: Optim, dtype: torch.dtype = torch.float32
     ) -> None:
         self.config, self.dtype = config, dtype
-        rates = {
-            "matrix": config.matrix_lr,
-            "embedding": config.embedding_lr,
-            "head": config.head_lr,
-            "vector": config.vector_lr,
-        }
-        muon = config.name == "muon"
-        self.matrices: list[Group] = []
-        self.rest: list[Group] = []
-        by_shape: dict[tuple[int, ...], list[tuple[str, Tensor]]] = defaultdict(list)
-        by_kind: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
+        self.count = 0
+        found: dict[tuple[str, tuple[int, ...]], list[Member]] = defaultdict(list)
         for name, p in named:
             if not p.requires_grad:
                 continue
             which = kind(name, p)
-            if which == "matrix" and muon:
-                by_shape[tuple(p.shape)].append((name, p))
+            if config.name == "muon" and which == "matrix":
+                matrices = _matrices(name, p)
+                moments = (_zeros(matrices), _zeros(matrices[..., :1]))
+                found[which, tuple(matrices.shape)].append(Member(name, p, moments))
             else:
-                by_kind[which].append((name, p))
-        for members in by_shape.values():
-            self.matrices.append(_group(members, rates["matrix"], config.weight_decay))
-        for which, members in by_kind.items():
-            # under Muon the tables and the head are not decayed; AdamW alone decays all but vectors
-            decay = 0.0 if muon or which == "vector" else config.weight_decay
-            self.rest.append(_group(members, rates[which], decay))
-        self.state: dict[str, Tensor] = {}
-        self.count = 0
+                found[which, ()].append(Member(name, p, (_zeros(p), _zeros(p))))
+        self.groups = [self._group(which, shape, members) for (which, shape), members in found.items()]
+
+    def _group(self, which: str, shape: tuple[int, ...], members: list[Member]) -> Group:
+        c = self.config
+        lr = {"matrix": c.lr, "embedding": c.embedding_lr, "head": c.head_lr, "vector": c.vector_lr}[which]
+        # Under Muon tables and head are not decayed; AdamW alone decays all but vectors.
+        decays = which == "matrix" or (c.name == "adamw" and which != "vector")
+        return Group(bool(shape), members, lr, c.weight_decay if decays else 0.0)
 
     @torch.no_grad()
     def step(self, share: float) -> None:
         """One update of every parameter that has a gradient."""
         self.count += 1
-        for group in self.matrices:
-            self._muon(group, share)
-        for group in self.rest:
-            self._adamw(group, share)
+        for group in self.groups:
+            if group.live:
+                (self._muon if group.muon else self._adamw)(group, share)
+
+    def _muon(self, group: Group, share: float) -> None:
+        c, live = self.config, group.live
+        warm = 1.0 if not c.momentum_warmup else min(self.count / c.momentum_warmup, 1.0)
+        momentum = c.momentum_start + (c.momentum - c.momentum_start) * warm
+        muon.muon_(
+            [_matrices(m.name, m.param.data) for m in live],
+            [_matrices(m.name, _grad(m.param)) for m in live],
+            [m.moments[0] for m in live],
+            [m.moments[1] for m in live],
+            muon.Rates(group.lr * share, momentum, group.decay, c.even_rows, self.dtype),
+        )
+
+    def _adamw(self, group: Group, share: float) -> None:
+        live, steps = group.live, torch.tensor(float(self.count))
+        beta1, beta2 = self.config.betas
+        torch._fused_adamw_(
+            [m.param.data for m in live],
+            [_grad(m.param) for m in live],
+            [m.moments[0] for m in live],
+            [m.moments[1] for m in live],
+            [],
+            [steps.to(live[0].param.device)] * len(live),
+            lr=group.lr * share,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group.decay,
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every moment by parameter name, and the number of updates."""
-        return {**self.state, "count": torch.tensor(self.count)}
+        return {**dict(self._moments()), "count": torch.tensor(self.count)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take saved moments; raises RunError where they are not this model's."""
-        own = {f"{n}.{m}" for g in self.matrices for n in g.names for m in ("momentum", "rows")}
-        own |= {f"{n}.{m}" for g in self.rest for n in g.names for m in ("first", "second")}
-        given = set(state) - {"count"}
-        if self._started(state) and given != own:
-            wrong = sorted(given ^ own)
+        own = dict(self._moments())
+        wrong = sorted(set(own) ^ (set(state) - {"count"}))
+        wrong += [n for n in own if n in state and own[n].shape != state[n].shape]
+        if wrong or "count" not in state:
             raise RunError(
-                f"optimizer state does not fit the model: {wrong[0]} and {len(wrong) - 1} more differ"
+                f"optimizer state does not fit the model: {len(wrong)} tensors differ ({wrong[:1]})"
             )
+        for name, moment in own.items():
+            moment.copy_(state[name])
         self.count = int(state["count"])
-        self.state = {k: v.clone() for k, v in state.items() if k != "count"}
 
-    @staticmethod
-    def _started(state: Mapping[str, Tensor]) -> bool:
-        return int(state["count"]) > 0
-
-    def _moment(self, name: str, like: Tensor) -> Tensor:
-        if name not in self.state:
-            self.state[name] = torch.zeros_like(like, dtype=torch.float32)
-        return self.state[name]
-
-    def _muon(self, group: Group, share: float) -> None:
-        momentum = self.config.momentum
-        warm = min(self.count / MOMENTUM_WARMUP, 1.0)
-        momentum = 0.85 + (momentum - 0.85) * warm if momentum > 0.85 else momentum
-        live = [(n, p) for n, p in zip(group.names, group.params, strict=True) if p.grad is not None]
-        if not live:
-            return
-        updates = []
-        for name, p in live:
-            m = self._moment(f"{name}.momentum", p)
-            assert p.grad is not None
-            m.lerp_(p.grad, 1 - momentum)
-            updates.append(p.grad.lerp(m, momentum))  # Nesterov's look ahead
-        shape = live[0][1].shape
-        flat = torch.stack(updates).reshape(-1, *shape[-2:])
-        o = orthogonal(flat, self.dtype).view(len(live), *shape)
-        scale = 0.2 * math.sqrt(max(shape[-2:])) * group.lr * share
-        for (name, p), update in zip(live, o, strict=True):
-            rows = self._moment(f"{name}.rows", p[..., :1])
-            rows.lerp_(update.square().mean(-1, keepdim=True), 1 - ROW_BETA)
-            evened = update / (rows.sqrt() + 1e-8)
-            evened *= update.norm(dim=(-2, -1), keepdim=True) / (
-                evened.norm(dim=(-2, -1), keepdim=True) + 1e-8
-            )
-            if group.decay:
-                p.sub_(p * (p * evened > 0), alpha=group.lr * share * group.decay)
-            p.sub_(evened, alpha=scale)
-
-    def _adamw(self, group: Group, share: float) -> None:
-        b1, b2 = self.config.betas
-        lr = group.lr * share
-        live = [(n, p) for n, p in zip(group.names, group.params, strict=True) if p.grad is not None]
-        if not live:
-            return
-        params = [p for _, p in live]
-        grads = [p.grad.float() for p in params if p.grad is not None]
-        first = [self._moment(f"{n}.first", p) for n, p in live]
-        second = [self._moment(f"{n}.second", p) for n, p in live]
-        if group.decay:
-            torch._foreach_mul_(params, 1 - lr * group.decay)
-        torch._foreach_lerp_(first, grads, 1 - b1)
-        torch._foreach_mul_(second, b2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - b2)
-        root = torch._foreach_sqrt(second)
-        torch._foreach_div_(root, math.sqrt(1 - b2**self.count))
-        torch._foreach_add_(root, 1e-8)
-        torch._foreach_addcdiv_(params, first, root, -lr / (1 - b1**self.count))
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.groups:
+            first, second = ("momentum", "rows") if group.muon else ("first", "second")
+            for m in group.members:
+                yield f"{m.name}.{first}", m.moments[0]
+                yield f"{m.name}.{second}", m.moments[1]
 
 
-def _group(members: list[tuple[str, Tensor]], lr: float, decay: float) -> Group:
-    return Group([n for n, _ in members], [p for _, p in members], lr, decay)
+def adamw_reference(
+    p: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition of AdamW (arXiv 1711.05101): the new parameter and moments after update number `step`."""
+    first = betas[0] * first + (1 - betas[0]) * grad
+    second = betas[1] * second + (1 - betas[1]) * grad.square()
+    root = (second / (1 - betas[1] ** step)).sqrt() + EPS
+    return p * (1 - lr * decay) - lr * first / (1 - betas[0] ** step) / root, first, second
 
 
-def clip_(params: Iterable[Tensor], limit: float) -> float:
+def clip_(params: Sequence[Tensor], limit: float) -> float:
     """Scale all gradients so that their norm is at most `limit` (0: no limit) and return the norm before.
 
     A non-finite norm leaves the gradients alone: the caller skips the step.
@@ -202,9 +179,21 @@ def clip_(params: Iterable[Tensor], limit: float) -> float:
 def flops(optimizer: Optimizer) -> float:
     """FLOPs of one step's orthogonalisation."""
     total = 0.0
-    for group in optimizer.matrices:
-        for p in group.params:
-            r, c = sorted(p.shape[-2:])
-            batch = p.numel() // (r * c)
-            total += batch * len(POLAR_EXPRESS) * (2 * r * r * c * 2 + 2 * r**3)
+    for member in (m for g in optimizer.groups if g.muon for m in g.members):
+        *batch, rows, columns = member.moments[0].shape
+        total += muon.flops(math.prod(batch), rows, columns)
     return total
+
+
+def _matrices(name: str, p: Tensor) -> Tensor:
+    """A parameter as [..., rows, columns]: the fused gate and up projections of experts are two matrices each."""
+    return p.view(2 * p.shape[0], -1, p.shape[2]) if name.endswith("experts.gate_up_proj") else p
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    return p.grad
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.float32)

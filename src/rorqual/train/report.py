@@ -1,4 +1,4 @@
-"""report.html of a run: curves, figures, samples and the config in one file that needs nothing else."""
+"""report.html of a run: outcome, curves, cost, samples and config in one file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -8,132 +8,185 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rorqual.checkpoint.files import write_whole
 from rorqual.config import to_dict
 from rorqual.device import machine
 from rorqual.model.cost import Cost
+from rorqual.train.bill import option_lines
 from rorqual.train.config import TrainConfig
-from rorqual.train.metrics import duration, read
+from rorqual.train.metrics import read
+from rorqual.train.plot import Curve, chart
+from rorqual.train.sample import parses
+from rorqual.train.view import duration
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --a: #1971c2; --b: #e8590c; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .7rem; }
-.tile { background: var(--soft); border-radius: .5rem; padding: .7rem .9rem; } .tile b { display: block;
-font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; opacity: .75; }
-.grid { stroke: var(--line); } .a { fill: none; stroke: var(--a); stroke-width: 1.5; }
-.b { fill: none; stroke: var(--b); stroke-width: 2.5; } .dot { fill: var(--b); }
-pre { background: var(--soft); padding: .7rem; border-radius: .4rem; white-space: pre-wrap; font-size: 12.5px; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
-summary { cursor: pointer; }
+Lines = Sequence[Mapping[str, Any]]
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #16202a; --page: #fbfcfd; --card: #fff; --line: #8883; --soft: #6b7785;
+--c0: #1864ab; --c1: #e8590c; --c2: #2b8a3e; --c3: #862e9c; --c4: #c92a2a; --c5: #5c940d; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --page: #10161c; --card: #18212a; --soft: #93a1af;
+--c0: #74c0fc; --c1: #ffa94d; --c2: #8ce99a; --c3: #e599f7; --c4: #ff8787; --c5: #c0eb75; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 72rem;
+margin: 0 auto; padding: 2rem 1.2rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.4rem 0 .8rem; }
+p.lead { color: var(--soft); margin: .3rem 0 1.4rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .7rem; }
+.tile, figure, .sample, details, table { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
+.tile { padding: .7rem .9rem; color: var(--soft); font-size: .82rem; }
+.tile b { display: block; color: var(--ink); font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.tile.first { border-color: var(--c0); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: .9rem; }
+figure { margin: 0; padding: .7rem .8rem .3rem; } figcaption { font-size: .88rem; color: var(--soft); }
+figcaption b { color: var(--ink); float: right; font-variant-numeric: tabular-nums; }
+.key { margin-left: .8rem; } .key::before { content: "— "; font-weight: bold; }
+svg { width: 100%; height: auto; display: block; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--soft); } .grid { stroke: var(--line); }
+.curve { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; }
+.dot { fill: currentColor; }
+.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); } .c5 { color: var(--c5); }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
+td { padding: .4rem .9rem; border-top: 1px solid var(--line); } tr:first-child td { border-top: 0; }
+td:first-child { color: var(--soft); width: 22rem; }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: .9rem; }
+.sample { margin: 0; padding: .6rem .9rem; font-size: 12px; line-height: 1.45; overflow: auto; white-space: pre; }
+.sample i { float: right; font-style: normal; color: var(--c2); } .sample i.no { color: var(--c4); }
+details { padding: .6rem .9rem; margin-bottom: .7rem; } summary { cursor: pointer; }
+details pre { overflow: auto; font-size: 12px; }
 """
 
 
-def write_report(
-    run: Path, config: TrainConfig, cost: Cost, samples: Sequence[str], parsed: float | None
-) -> Path:
+def write_report(config: TrainConfig, bill: Cost) -> Path:
     """Write the page of a run from its metrics and return its path."""
-    path = run / "report.html"
-    path.write_text(page(run, config, cost, samples, parsed), encoding="utf-8")
+    path = config.out / "report.html"
+    write_whole(path, page(config, bill, read(config.out)))
     return path
 
 
-def page(run: Path, config: TrainConfig, cost: Cost, samples: Sequence[str], parsed: float | None) -> str:
-    """The page as HTML; samples are escaped."""
-    lines = read(run)
-    heldout = [(x["step"], x["heldout_bpb"]) for x in lines if "heldout_bpb" in x]
+def page(config: TrainConfig, bill: Cost, lines: Lines) -> str:
+    """The page as HTML; whatever a model wrote is escaped."""
     last: Mapping[str, Any] = lines[-1] if lines else {"step": 0}
-    tokens = last["step"] * config.tokens_per_step
-    tiles = {
-        "held-out bits per byte": f"{heldout[-1][1]:.3f}" if heldout else "–",
-        "tokens trained": f"{tokens:,}",
-        "parameters": f"{cost.parameters / 1e6:,.1f} M",
-        "active parameters": f"{cost.active / 1e6:,.1f} M",
-        "tokens a second": f"{last.get('tokens_per_second', 0):,.0f}",
-        "share of peak (MFU)": f"{last['mfu']:.0%}" if last.get("mfu") else "–",
-        "training FLOPs": f"{cost.train_flops(config.seq_len) * tokens:.2e}",
-        "cache of a token": f"{cost.cache_bytes():,.0f} B in bf16",
-    }
-    if parsed is not None:
-        tiles["samples that parse as Python"] = f"{parsed:.0%}"
-    seconds = tokens / last["tokens_per_second"] if last.get("tokens_per_second") else 0
     m = machine()
-    curves = [
-        ("Loss (nats a token)", [(x["step"], x["loss"]) for x in lines if "loss" in x], []),
-        ("Held-out bits per byte", [], heldout),
-        (
-            "Expert load spread (0: even)",
-            [(x["step"], x["load_spread"]) for x in lines if "load_spread" in x],
-            [],
-        ),
-        ("Gradient norm", [(x["step"], x["grad_norm"]) for x in lines if "grad_norm" in x], []),
-    ]
-    parts = [
+    where = f"{m['processor']}, {m['cores']} cores, {m['memory']}"
+    family = "latent attention" if bill.config.attention == "mla" else "grouped-query attention"
+    family += f", {bill.config.n_routed_experts} experts" if bill.config.n_routed_experts else ", dense"
+    return "\n".join([
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
-        f"<title>{escape(run.name)}</title><style>{_STYLE}</style><h1>{escape(run.name)}</h1>",
-        f"<p>{escape(cost.config.architecture)}, {last['step']} of {config.steps} steps in {duration(seconds)} on "
-        f"{escape(str(m['processor']))}, {m['cores']} cores</p>",
-        "<div class=tiles>",
-        *(f"<div class=tile>{escape(k)}<b>{escape(v)}</b></div>" for k, v in tiles.items()),
-        "</div><h2>Curves</h2><div class=two>",
-        *(f"<figure><figcaption>{t}</figcaption>{plot(a, b)}</figure>" for t, a, b in curves if a or b),
-        "</div><h2>Samples</h2>",
-        *(f"<pre>{escape(s)}</pre>" for s in samples),
-        "<h2>Config</h2><details><summary>the run</summary><pre>",
-        escape(json.dumps(to_dict(config), indent=1)),
-        "</pre></details><details><summary>the model</summary><pre>",
-        escape(json.dumps(cost.config.to_hf(), indent=1)),
-        "</pre></details>",
+        f"<title>{escape(config.out.name)}: training report</title><style>{STYLE}</style>",
+        f"<h1>{escape(config.out.name)}</h1><p class=lead>{escape(bill.config.architecture)} ({family}): "
+        f"{last['step']:,} of {config.steps:,} steps in {duration(last.get('seconds', 0))} on {escape(where)}</p>",
+        _tiles(config, bill, lines),
+        "<h2>Curves</h2><div class=charts>", *_charts(lines), "</div>",
+        "<h2>Cost</h2>", _table(_cost_rows(config, bill, last)),
+        _samples(lines),
+        "<h2>How it was made</h2>", _table(_machine_rows(m)),
+        _details("The run's config", to_dict(config)),
+        _details("The model's config.json", bill.config.to_hf()),
+    ])  # fmt: skip
+
+
+def _tiles(config: TrainConfig, bill: Cost, lines: Lines) -> str:
+    last: Mapping[str, Any] = lines[-1] if lines else {}
+    bits = [x["heldout_bpb"] for x in lines if "heldout_bpb" in x]
+    tiles = {
+        "held-out bits per byte": f"{bits[-1]:.3f}" if bits else "–",
+        "parameters": _millions(bill.parameters),
+        "active a token": _millions(bill.active),
+        "tokens trained": f"{last.get('tokens', 0) / 1e6:,.1f} M",
+        "training FLOPs": f"{bill.train_flops(config.seq_len) * last.get('tokens', 0):.2e}",
+        "tokens a second": f"{last.get('tokens_per_second', 0):,.0f}",
+        "of the machine's peak": f"{last['mfu']:.0%}" if "mfu" in last else "–",
+        "time": duration(last.get("seconds", 0)),
+    }
+    if "parsed" in last:
+        tiles["of samples parse as Python"] = f"{last['parsed']:.0%}"
+    shown = [
+        f"<div class='tile{' first' if i == 0 else ''}'><b>{escape(v)}</b>{escape(k)}</div>"
+        for i, (k, v) in enumerate(tiles.items())
     ]
-    return "\n".join(parts)
+    return f"<div class=tiles>{''.join(shown)}</div>"
 
 
-Points = Sequence[tuple[float, float]]
+def _charts(lines: Lines) -> list[str]:
+    def of(key: str) -> list[tuple[float, float]]:
+        return [(x["step"], x[key]) for x in lines if key in x]
+
+    layers = max((len(x.get("load_spreads", ())) for x in lines), default=0)
+    spreads = [
+        Curve(f"{i + 1}", [(x["step"], x["load_spreads"][i]) for x in lines if "load_spreads" in x])
+        for i in range(layers)
+    ]
+    return [
+        chart(
+            "Loss, nats a token",
+            [Curve("training", of("loss")), Curve("held-out", of("heldout_loss"), dots=True)],
+        ),
+        chart("Held-out bits per byte", [Curve("held-out", of("heldout_bpb"), dots=True)]),
+        chart("Expert load: the busiest over the mean, minus 1; by MoE layer", spreads),
+        chart("Balance loss (1 a layer is even)", [Curve("balance", of("balance_loss"))]),
+        chart("Loss of multi-token prediction", [Curve("mtp", of("mtp_loss"))]),
+        chart("Gradient norm before clipping", [Curve("norm", of("grad_norm"))], log=True),
+        chart("Share of the full rate", [Curve("rate", of("rate"))]),
+        chart("Tokens a second", [Curve("tokens/s", of("tokens_per_second"))]),
+    ]
 
 
-def plot(thin: Points, thick: Points, width: int = 460, height: int = 220) -> str:
-    """One chart as SVG: a thin line of many points, a thick one with dots."""
-    points = [p for p in (*thin, *thick) if p[1] == p[1] and abs(p[1]) != float("inf")]
-    if not points:
+def _cost_rows(config: TrainConfig, bill: Cost, last: Mapping[str, Any]) -> list[tuple[str, str]]:
+    c = bill.config
+    heads = bill.cache_elements_with(c.num_attention_heads)
+    rows = [
+        ("parameters", f"{bill.parameters:,}"),
+        ("active parameters a token", f"{bill.active:,}"),
+        ("training FLOPs a token", f"{bill.train_flops(config.seq_len):,.0f}"),
+        ("cache of a token", f"{bill.cache_bytes():,.0f} bytes in bfloat16; {heads / bill.cache_elements:.1f} times less "
+         "than with keys and values of every head"),
+        ("optimizer's share of a step", f"{last['optimizer_share']:.1%}" if "optimizer_share" in last else "–"),
+        ("skipped steps", f"{last.get('skipped', 0)}"),
+    ]  # fmt: skip
+    if bill.tables:
+        rows.append(("memory tables", f"{bill.tables:,} parameters that cost no products"))
+    if bill.mtp:
+        rows.append(("MTP modules", f"{bill.mtp:,} parameters"))
+    pairs = (line.partition(": ") for line in option_lines(config, bill))
+    return rows + [(f"option {name}", price) for name, _, price in pairs]
+
+
+def _samples(lines: Lines) -> str:
+    found = next((x for x in reversed(lines) if "sample" in x), None)
+    if found is None:
         return ""
-    x0, x1 = min(p[0] for p in points), max(p[0] for p in points)
-    ys = sorted(p[1] for p in points)
-    y0, y1 = (
-        ys[0],
-        ys[min(len(ys) - 1, int(len(ys) * 0.995))],
-    )  # the first steps' spikes would flatten the rest
-    if y0 == y1:
-        y0, y1 = y0 - 0.5, y1 + 0.5
-    left, bottom = 46, height - 22
-
-    def place(p: tuple[float, float]) -> tuple[float, float]:
-        x = left + (width - left - 8) * ((p[0] - x0) / (x1 - x0 or 1))
-        y = bottom - (bottom - 8) * (min(max(p[1], y0), y1) - y0) / (y1 - y0)
-        return round(x, 1), round(y, 1)
-
-    out = [f"<svg viewBox='0 0 {width} {height}' role=img>"]
-    for i in range(5):
-        value = y0 + (y1 - y0) * i / 4
-        _, y = place((x0, value))
-        out.append(
-            f"<line class=grid x1={left} x2={width - 8} y1={y} y2={y} /><text x=2 y={y + 4}>{value:.3g}</text>"
+    judged = "parsed" in found
+    head = "<h2>Samples</h2>"
+    if judged:
+        head += (
+            f"<p>{found['parsed']:.0%} of {found['judged']} samples at temperature 0.8 parse as Python "
+            "(an unfinished end of at most three lines left out).</p>"
         )
-    for value in (x0, (x0 + x1) / 2, x1):
-        x, _ = place((value, y0))
-        out.append(f"<text x={x} y={height - 6} text-anchor=middle>{value:,.0f}</text>")
-    for name, line in (("a", _thin(thin)), ("b", thick)):
-        if line:
-            path = " ".join(f"{x},{y}" for x, y in map(place, line))
-            out.append(f"<polyline class={name} points='{path}' />")
-    out += [f"<circle class=dot cx={x} cy={y} r=3 />" for x, y in map(place, thick)]
-    return "".join(out) + "</svg>"
+    marks = {True: "<i>parses</i>", False: "<i class=no>does not parse</i>"}
+    shown = [
+        f"<pre class=sample>{marks[parses(s)] if judged else ''}{escape(s)}</pre>"
+        for s in found.get("samples", [found["sample"]])
+    ]
+    return f"{head}<div class=samples>{''.join(shown)}</div>"
 
 
-def _thin(points: Points, most: int = 500) -> Points:
-    """At most so many points, by means of neighbours."""
-    step = -(-len(points) // most)
-    if step <= 1:
-        return points
-    groups = [points[i : i + step] for i in range(0, len(points), step)]
-    return [(g[-1][0], sum(p[1] for p in g) / len(g)) for g in groups]
+def _machine_rows(m: Mapping[str, Any]) -> list[tuple[str, str]]:
+    versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
+    return [
+        ("machine", f"{m['processor']}, {m['cores']} cores, {m['memory']}, {m['system']}"),
+        ("software", f"Python {m['python']}, {versions}"),
+    ]
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><td>{escape(k)}<td>{escape(v)}" for k, v in rows)
+    return f"<table>{cells}</table>"
+
+
+def _details(title: str, tree: Mapping[str, Any]) -> str:
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(json.dumps(tree, indent=1))}</pre></details>"
+
+
+def _millions(n: float) -> str:
+    return f"{n / 1e6:,.1f} M" if n < 1e9 else f"{n / 1e9:,.2f} B"

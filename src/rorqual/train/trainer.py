@@ -5,55 +5,74 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from rorqual.data.loader import Batch
+from rorqual.device import resolve_device
 from rorqual.errors import CheckpointError, NumericsError
-from rorqual.model.attend import Causal
-from rorqual.model.cost import cost
-from rorqual.model.moe import Routing, update_selection_bias
+from rorqual.model.moe import update_selection_bias
 from rorqual.model.transformer import Transformer
 from rorqual.train import checkpoint
-from rorqual.train.config import TrainConfig
-from rorqual.train.evaluate import target_weights
-from rorqual.train.loss import cross_entropy
+from rorqual.train.batch import Lesson, Rows
+from rorqual.train.config import TrainConfig, due
 from rorqual.train.metrics import Log, View
-from rorqual.train.optim import Optimizer, clip_, flops
+from rorqual.train.objective import autocast, objective
+from rorqual.train.optim import Optimizer, clip_
 from rorqual.train.schedule import rate
+from rorqual.train.speed import Speed
+from rorqual.train.stop import Stop
 
 MAX_BAD_STEPS = 3  # non-finite steps in a row before the run goes back to its last checkpoint
-MAX_ROLLBACKS = 2
 
 
 class Source(Protocol):
-    """Where batches come from; `rorqual.data.loader.Loader` is one."""
+    """Where micro-batches come from; `rorqual.data.loader.Loader` is one."""
 
-    def __next__(self) -> Batch: ...
+    def __next__(self) -> Rows: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass
+Validate = Callable[[Transformer, int], dict[str, Any]]
+Export = Callable[[Transformer], Transformer]
+
+
+@dataclass(frozen=True)
 class Result:
-    """How a run ended: `stopped` names the signal where one ended it early."""
+    """How a run ended: `stopped` is the signal where one ended it early; `folder` the last checkpoint."""
 
     step: int
+    folder: Path
     stopped: signal.Signals | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
-Validate = Callable[[Transformer, int], dict[str, Any]]
+@dataclass
+class Update:
+    """One step's outcome. `loads` counts each layer's tokens per expert over the whole step."""
+
+    loss: float = 0.0
+    balance: float = 0.0
+    mtp: float = 0.0
+    norm: float = 0.0
+    targets: float = 0.0
+    loads: dict[int, Tensor] | None = None
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.norm) and math.isfinite(self.loss)
 
 
 class Trainer:
-    """One run over one model. `validate(model, step)` returns further figures at evaluation and sampling steps."""
+    """One run over one model.
+
+    `validate(model, step)` returns further figures every `eval_every` and `sample_every` steps and at the end.
+    `export` makes the model that is saved from the one that is trained, where they differ (adapters).
+    """
 
     def __init__(
         self,
@@ -62,208 +81,147 @@ class Trainer:
         source: Source,
         tokenizer_from: Path,
         validate: Validate | None = None,
-        peak_flops: float | None = None,
+        speed: Speed | None = None,
+        export: Export = lambda model: model,
     ) -> None:
-        self.config, self.model, self.source = config, model, source
-        self.tokenizer_from, self.validate = tokenizer_from, validate
-        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.optimizer = Optimizer(model.named_parameters(), config.optim, dtype)
-        self.step = 0
-        self.skipped = 0
-        self.peak_flops = peak_flops
-        self.flops_per_token = cost(model.config).train_flops(config.seq_len)
+        self.config, self.source = config, source
+        self.device = resolve_device(config.device)
+        self.model = model.to(self.device)
+        self.tokenizer_from, self.validate, self.export = tokenizer_from, validate, export
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        products = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        self.optimizer = Optimizer(model.named_parameters(), config.optim, products)
+        self.speed = speed or Speed(config)
+        self.step = self.skipped = 0
         self._forward: Any = torch.compile(model) if config.compile else model
-        self._stop: signal.Signals | None = None
-
-    # Going on from a checkpoint
 
     def resume(self, folder: Path) -> None:
-        """Take weights, moments, position and random state of a checkpoint."""
-        weights, moments, state = checkpoint.restore(folder, self.model.config)
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(moments)
-        self.source.load_state_dict(state["loader"])
-        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        """Take weights, moments, position, counters and random state of a checkpoint."""
+        weights, saved = checkpoint.restore(folder, self.model.config)
+        tensors = dict(saved.tensors)
+        adapters = {n: tensors.pop(f"adapter.{n}") for n, _ in self._adapters()}
+        if adapters:
+            self.model.load_state_dict(adapters, strict=False)
+        else:
+            self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(tensors)
+        self.source.load_state_dict(saved.state["loader"])
+        self.step, self.skipped = saved.step, int(saved.state["skipped"])
+        self.speed.before = float(saved.state["seconds"])
 
     def save(self) -> Path:
         """Write a checkpoint of where the run is."""
-        state = {"skipped": self.skipped, "loader": self.source.state_dict()}
+        tensors = self.optimizer.state_dict() | {f"adapter.{n}": p for n, p in self._adapters()}
+        state = {
+            "skipped": self.skipped,
+            "seconds": self.speed.seconds,
+            "loader": self.source.state_dict(),
+        }
+        saved = checkpoint.Saved(self.step, tensors, state)
         return checkpoint.save(
-            self.config.out,
-            self.step,
-            self.model,
-            self.optimizer.state_dict(),
-            state,
-            self.tokenizer_from,
-            self.config.keep,
+            self.config.out, self.export(self.model), saved, self.tokenizer_from, self.config.keep
         )
-
-    # The loop
 
     def run(self, view: View) -> Result:
         """Train to the last step, or until a signal; a checkpoint is written either way.
 
-        Raises NumericsError where losses stay non-finite after going back twice.
+        Raises NumericsError where losses are non-finite three times in a row, and again after going back; CheckpointError
+        where the last checkpoint cannot be written.
         """
+        checkpoint.clean(self.config.out, self.step)
         log = Log(self.config.out, self.step)
-        result = Result(self.step)
-        bad = rollbacks = 0
-        begin, at_begin, paused = time.monotonic(), self.step, 0.0
+        end = self.config.stop_at or self.config.steps
+        bad, went_back_to = 0, None
         self.model.train()
-        with self._signals():
-            while self.step < self.config.steps and self._stop is None:
-                line = self._one_step()
-                bad = bad + 1 if line["skipped_now"] else 0
-                if bad >= MAX_BAD_STEPS:
-                    rollbacks += 1
-                    self._roll_back(rollbacks, view)
-                    bad = 0
+        with Stop() as stop:
+            while self.step < end and stop.signal is None:
+                self.speed.begin()
+                update = self._one_step()
+                self.speed.end()
+                bad = 0 if update.finite else bad + 1
+                if bad == MAX_BAD_STEPS:
+                    went_back_to, bad = self._go_back(went_back_to, view), 0
+                    log.rewind(self.step)
                     continue
-                del line["skipped_now"]
-                pause = time.monotonic()
-                line |= self._figures(time.monotonic() - begin - paused, self.step - at_begin)
-                line |= self._validate()
-                if self.step % self.config.log_every == 0 or len(line) > 8:
+                line = self._line(update)
+                if stop.signal is None:
+                    line |= self._validate()
+                if self.step % self.config.log_every == 0 or self.step == end or "heldout_bpb" in line:
                     log.write(line)
-                    result.history.append(line)
                     view.update(line)
-                if self.config.save_every and self.step % self.config.save_every == 0:
+                if due(self.config.save_every, self.step) and self.step < end:
                     self._save_or_say(view)
-                paused += time.monotonic() - pause
         log.close()
-        self.save()
-        result.step, result.stopped = self.step, self._stop
-        return result
+        return Result(self.step, self.save(), stop.signal)
 
-    def _one_step(self) -> dict[str, Any]:
+    def _one_step(self) -> Update:
         c = self.config
-        batches = [next(self.source) for _ in range(c.accumulate)]
-        weights = [self.weights(b) for b in batches]
-        total = sum(float(w.sum()) for w in weights)
-        loads: dict[int, Tensor] = {}
-        sums = {"loss": 0.0, "balance": 0.0, "mtp": 0.0}
-        for batch, weight in zip(batches, weights, strict=True):
-            routing = Routing() if self.model.config.n_routed_experts else None
-            loss, parts = self.loss(batch, weight, total, routing)
-            loss.backward()
-            for key, value in parts.items():
-                sums[key] += value
-            for layer, load in (routing.load if routing is not None else {}).items():
-                loads[layer] = loads.get(layer, 0) + load
-        norm = clip_(self.model.parameters(), c.optim.clip)
-        fine = math.isfinite(norm) and math.isfinite(sums["loss"])
-        share = rate(c.schedule, self.step, c.steps)
-        if fine:
-            self.optimizer.step(share)
-            self._balance(loads)
+        rows = [next(self.source) for _ in range(c.accumulate)]
+        update = self.gradients([Lesson.of(r, c.document_masks) for r in rows])
+        if update.finite:
+            begin = time.perf_counter()
+            self.optimizer.step(rate(c.schedule, self.step, c.steps))
+            self._balance(update.loads or {})
+            self.speed.optimizer(time.perf_counter() - begin)
         else:
             self.skipped += 1
         self.model.zero_grad(set_to_none=True)
         self.step += 1
-        line: dict[str, Any] = {"step": self.step, "loss": sums["loss"], "grad_norm": norm, "rate": share}
-        if loads:
-            line["load_spread"] = _spread(loads)
-            line["balance_loss"] = sums["balance"]
-            line["balance_alpha"] = self.model.config.aux_loss_alpha
-        if self.model.mtp:
-            line["mtp_loss"] = sums["mtp"]
-        if self.skipped:
-            line["skipped"] = self.skipped
-        line["skipped_now"] = not fine
-        return line
+        return update
 
-    def loss(
-        self, batch: Batch, weight: Tensor, total: float, routing: Routing | None
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The micro-batch's part of the step's loss (language, balance and MTP), and its parts for the log."""
-        c, model = self.config, self.model
-        ids, targets = batch.ids[:, :-1], batch.ids[:, 1:]
-        documents = batch.document_ids[:, :-1] if c.document_masks else None
-        positions = (
-            batch.positions if c.document_masks else torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
-        )
-        positions = positions[:, :-1]
-        with self._autocast():
-            attend = Causal(documents)
-            h = self._forward(ids, positions, attend, routing, c.recompute)
-            cap = model.config.logit_softcap
-            flat = h.flatten(0, 1)
-            lm = cross_entropy(flat, model.lm_head.weight, targets.flatten(), weight.flatten(), cap) / total
-            loss = lm
-            parts = {"loss": float(lm.detach())}
-            if model.mtp:
-                extra = self._mtp_loss(h, batch, weight, positions, documents, routing) / total
-                parts["mtp"] = float(extra.detach())
-                loss = loss + c.mtp_weight * extra
-            if routing is not None and routing.losses:
-                balance = routing.balance_loss / c.accumulate
-                parts["balance"] = float(balance.detach())
-                loss = loss + balance
-        return loss, parts
-
-    def _mtp_loss(
-        self,
-        h: Tensor,
-        batch: Batch,
-        weight: Tensor,
-        positions: Tensor,
-        documents: Tensor | None,
-        routing: Routing | None,
-    ) -> Tensor:
-        """Each module predicts one token further than the one before, from its hidden states (DeepSeek-V3, 2.2)."""
-        model, ids = self.model, batch.ids
-        total = h.new_zeros(())
-        for k in range(len(model.mtp)):
-            h = h[:, :-1]
-            length = h.shape[1]
-            attend = Causal(None if documents is None else documents[:, :length])
-            h = model.predict_further(
-                k, h, ids[:, 1 + k : 1 + k + length], positions[:, :length], attend, routing
-            )
-            targets = ids[:, 2 + k : 2 + k + length]
-            # a target counts where every step from the position to it stays in the document
-            w = torch.stack([weight[:, i : i + length] for i in range(k + 2)]).amin(0)
-            flat = h.flatten(0, 1)
-            total = total + cross_entropy(
-                flat, model.lm_head.weight, targets.flatten(), w.flatten(), model.config.logit_softcap
-            )
-        return total / len(model.mtp)
-
-    def weights(self, batch: Batch) -> Tensor:
-        """Weights of the targets [B, T]: of a batch with its own, those; else 1 within documents."""
-        own = getattr(batch, "loss_mask", None)
-        return own[:, 1:].float() if own is not None else target_weights(batch, self.config.document_masks)
-
-    def _autocast(self) -> Any:
-        if self.config.dtype == "float32":
-            return nullcontext()
-        return torch.autocast("cpu", torch.bfloat16)
+    def gradients(self, lessons: list[Lesson]) -> Update:
+        """Gradients of the mean loss over all targets of the lessons, clipped, in the parameters' `.grad`."""
+        c = self.config
+        update = Update(targets=sum(float(x.weights.sum()) for x in lessons), loads={})
+        for lesson in lessons:
+            with autocast(self.device, c.dtype):
+                loss, routing = objective(
+                    self.model,
+                    lesson.to(self.device),
+                    max(update.targets, 1.0),
+                    1 / len(lessons),
+                    c.mtp_weight,
+                    c.recompute,
+                    self._forward,
+                )
+            loss.total.backward()
+            update.loss += float(loss.language)
+            update.balance += float(loss.balance)
+            update.mtp += float(loss.mtp)
+            for layer, load in (routing.load if routing is not None else {}).items():
+                assert update.loads is not None
+                update.loads[layer] = update.loads.get(layer, 0) + load
+        update.norm = clip_(self.params, c.optim.clip)
+        return update
 
     def _balance(self, loads: dict[int, Tensor]) -> None:
-        """Loss-free balancing, once a step, with the counts of the whole batch (pytorch/torchtitan#1304)."""
+        """Loss-free balancing, once a step, with the counts of the whole step (pytorch/torchtitan#1304)."""
         for layer, router in self.model.routers():
             if router.e_score_correction_bias is not None and layer in loads:
                 update_selection_bias(
                     router.e_score_correction_bias, loads[layer], self.config.optim.bias_speed
                 )
 
-    def _figures(self, seconds: float, steps: int) -> dict[str, Any]:
-        per_step = seconds / max(steps, 1)
-        tokens = self.config.tokens_per_step / max(per_step, 1e-9)
-        figures: dict[str, Any] = {
-            "tokens": self.step * self.config.tokens_per_step,
-            "tokens_per_second": tokens,
-            "eta_seconds": per_step * (self.config.steps - self.step),
-        }
-        if self.peak_flops:
-            work = self.flops_per_token * self.config.tokens_per_step + flops(self.optimizer)
-            figures["mfu"] = work / per_step / self.peak_flops
-        return figures
+    def _line(self, update: Update) -> dict[str, Any]:
+        c, m = self.config, self.model.config
+        line: dict[str, Any] = {"step": self.step, "loss": update.loss, "grad_norm": update.norm}
+        line["rate"] = rate(c.schedule, self.step - 1, c.steps)
+        total = update.loss
+        if m.n_routed_experts and update.loads:
+            line |= {"balance_loss": update.balance, "balance_alpha": m.aux_loss_alpha}
+            total += m.aux_loss_alpha * update.balance
+            spreads = [spread(load) for load in update.loads.values()]
+            line |= {"load_spread": max(spreads), "load_spreads": spreads}
+        if len(self.model.mtp):
+            line |= {"mtp_loss": update.mtp, "mtp_weight": c.mtp_weight}
+            total += c.mtp_weight * update.mtp
+        line |= {"total_loss": total, "skipped": self.skipped, "tokens": self.step * c.tokens_per_step}
+        return line | self.speed.figures(self.step)
 
     def _validate(self) -> dict[str, Any]:
         c, step = self.config, self.step
-        due = any(every and step % every == 0 for every in (c.eval_every, c.sample_every)) or step == c.steps
-        return self.validate(self.model, step) if due and self.validate is not None else {}
+        asked = due(c.eval_every, step) or due(c.sample_every, step) or step == c.steps
+        return self.validate(self.model, step) if asked and self.validate is not None else {}
 
     def _save_or_say(self, view: View) -> None:
         try:
@@ -271,48 +229,32 @@ class Trainer:
         except CheckpointError as e:
             view.say(f"no checkpoint at step {self.step}: {e}; training goes on")
 
-    def _roll_back(self, count: int, view: View) -> None:
+    def _go_back(self, before: Path | None, view: View) -> Path:
+        """To the last checkpoint, but not to the data after it: what broke the steps is passed over."""
         folder = checkpoint.latest(self.config.out, view.say)
-        if folder is None or count > MAX_ROLLBACKS:
+        if folder is None or folder == before:
             raise NumericsError(
                 f"step {self.step}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row"
-                + (" again after going back" if count > 1 else " before the first checkpoint")
-                + "; lower the learning rate (optim.lr), or use dtype=float32"
+                + (" before the first checkpoint" if folder is None else " again after going back")
+                + "; lower the rates (optim.lr, optim.embedding_lr), or set dtype=float32"
             )
-        at = self.step
-        skipped = self.skipped
+        at, skipped, position = self.step, self.skipped, self.source.state_dict()
         self.resume(folder)
         self.skipped = skipped
-        view.say(f"step {at}: not finite {MAX_BAD_STEPS} times in a row; back to step {self.step}")
+        self.source.load_state_dict(position)
+        view.say(
+            f"step {at}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row; back to step {self.step}, past "
+            "the data in between"
+        )
+        return folder
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the loop after the step under way; a second Ctrl-C ends the program."""
-
-        def stop(number: int, _: Any) -> None:
-            if self._stop is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop = signal.Signals(number)
-
-        try:
-            before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: whoever runs us there stops us otherwise
-            yield
-            return
-        try:
-            yield
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+    def _adapters(self) -> list[tuple[str, Tensor]]:
+        """What is trained where the rest is frozen; nothing where all is trained."""
+        named: list[tuple[str, Tensor]] = list(self.model.named_parameters())
+        trained = [(n, p) for n, p in named if p.requires_grad]
+        return trained if len(trained) < len(named) else []
 
 
-def _spread(loads: dict[int, Tensor]) -> float:
-    """The worst layer's busiest expert against its mean, minus 1: 0 where all are even."""
-    return max(float(n.max() / n.float().mean()) - 1 for n in loads.values())
-
-
-def exit_code(result: Result) -> int:
-    """0 done, 130 after Ctrl-C, 75 where a scheduler asked to make room (sysexits' EX_TEMPFAIL)."""
-    if result.stopped is None:
-        return 0
-    return 130 if result.stopped == signal.SIGINT else 75
+def spread(load: Tensor) -> float:
+    """The busiest expert against the mean, minus 1: 0 where all are even (DeepSeek's MaxVio)."""
+    return float(load.max() / load.float().mean()) - 1
