@@ -425,8 +425,10 @@ def commands(options: Options, port: int, folder: Path) -> dict[str, tuple[list[
     }
     if options.vllm is not None:
         serve = [
-            str(options.vllm.parent / "vllm"),
-            "serve",
+            str(options.vllm),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
             model,
             "--served-model-name",
             "m",

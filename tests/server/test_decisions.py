@@ -73,3 +73,9 @@ def test_questions_that_make_no_sense(live, question, param):
 
 def test_no_questions(live):
     assert decide(live).json()["error"]["param"] == "questions"
+
+
+def test_a_predicate_with_choices_is_still_a_predicate(live):
+    """Found by fuzzing: fields of another type of question are ignored."""
+    question = {"type": "predicate", "instructions": "?", "choices": [{"value": str(i)} for i in range(5)]}
+    assert decide(live, question).json()["answers"][0]["probability"] == pytest.approx(1 / 3)

@@ -60,6 +60,7 @@ class _Asked:
 
     question: Question
     options: list[str]
+    notes: list[str | None]
     values: Sequence[str | bool]
 
 
@@ -92,7 +93,7 @@ async def decisions(caller: Caller, body: bytes) -> Reply:
 
 def _options(question: Question, where: str) -> _Asked:
     if question.type == "predicate":
-        return _Asked(question, ["yes", "no"], [True, False])
+        return _Asked(question, ["yes", "no"], [None, None], [True, False])
     entries = question.choices if question.type == "choice" else question.levels
     name = "choices" if question.type == "choice" else "levels"
     if not entries:
@@ -103,15 +104,13 @@ def _options(question: Question, where: str) -> _Asked:
         raise invalid(f"{where}.{name}: an option is empty", f"{where}.{name}")
     if len({(type(v), v) for v in values}) < len(values):
         raise invalid(f"{where}.{name}: an option is given twice", f"{where}.{name}")
-    return _Asked(question, texts, values)
+    return _Asked(question, texts, [e.description for e in entries], values)
 
 
 def _prompt(model: Served, request: DecisionsRequest, asked: _Asked) -> list[int]:
     """The input, the question and its options; the answer would follow."""
     question = asked.question
-    notes = [e.description for e in (question.choices or question.levels or [])]
-    notes += [None] * (len(asked.options) - len(notes))
-    lines = [f"- {o}: {note}" if note else f"- {o}" for o, note in zip(asked.options, notes, strict=True)]
+    lines = [f"- {o}: {note}" if note else f"- {o}" for o, note in zip(asked.options, asked.notes, strict=True)]
     lead = "Is this true of the above?" if question.type == "predicate" else "Answer about the above:"
     text = f"{lead} {_instructions(question)}\nAnswer with one of:\n" + "\n".join(lines)
     conversation = _input(request)
