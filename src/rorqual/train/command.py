@@ -1,4 +1,4 @@
-"""`rorqual train`: a preset from one dial, a file, dotted overrides."""
+"""`rorqual train`: a preset from one dial, a file, dotted overrides; `rorqual sft`: conversations."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from rorqual.config import load_config
-from rorqual.errors import RunError
+from rorqual.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from rorqual.train.config import TrainConfig
+    from rorqual.train.sft import SftConfig
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,57 @@ class TrainOptions:
             "extend_context": self.extend_context,
         }
         return [f"{k}={json.dumps(v)}" for k, v in flags.items() if v is not None] + list(self.overrides)
+
+
+@dataclass(frozen=True)
+class SftOptions:
+    """Fine-tune a model on conversations, with loss on the assistant's words only."""
+
+    model: tyro.conf.Positional[Path]
+    data: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="JSONL")]
+    out: Path = Path("runs/sft")
+    epochs: int = 3
+    lr: float | None = None  # 1e-4, or 1e-3 with --lora-rank
+    lora_rank: int | None = None  # train adapters of this rank instead of all weights
+    lora_alpha: float | None = None  # 2 * rank
+    lora_targets: tuple[str, ...] = ()  # all projections by default
+    batch_size: int = 4
+    accumulate: int = 2
+    seq_len: int = 512
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    heldout: float = 0.05
+    eval_every: int = 50
+    save_every: int = 200
+    recompute: bool = False
+    seed: int = 0
+    resume: bool = False
+
+    def config(self) -> SftConfig:
+        """The run that these options mean."""
+        from rorqual.train.lora import TARGETS, Lora
+        from rorqual.train.sft import SftConfig
+
+        lora = None
+        if self.lora_rank is not None:
+            alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+            lora = Lora(self.lora_rank, alpha, self.lora_targets or TARGETS)
+        elif self.lora_alpha is not None or self.lora_targets:
+            raise ConfigError("--lora-alpha, --lora-targets: need --lora-rank")
+        own = {k: v for k, v in self.__dict__.items() if not k.startswith("lora_") and k != "resume"}
+        return SftConfig(**own, lora=lora)
+
+
+def sft(argv: Sequence[str]) -> int:
+    options = tyro.cli(SftOptions, args=list(argv), prog="rorqual sft")
+    config = options.config()
+    from rorqual.train.sft import sft as run
+    from rorqual.train.stop import exit_code
+
+    result = run(config, options.resume)
+    print(f"report: {config.out / 'report.html'}\ntalk with it: rorqual chat {result.folder}")
+    if config.lora is not None:
+        print(f"the adapter alone: {config.out / 'adapter'}")
+    return exit_code(result.stopped)
 
 
 def train(argv: Sequence[str]) -> int:

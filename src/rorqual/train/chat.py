@@ -1,0 +1,117 @@
+"""Conversations as token ids with a mask of the assistant's words, cut exactly where inference would cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rorqual.errors import DataError, TokenizerError
+from rorqual.text.template import ChatTemplate
+from rorqual.text.tokenizer import Tokenizer
+
+MAX_MALFORMED = 0.1  # share of lines that may be unusable before it is a fault of the file
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation, or its beginning up to one answer: `mask` is true on the tokens that the assistant says, its end
+    token among them."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+@dataclass
+class Read:
+    """Conversations of files, and what could not be used, by reason with the first places."""
+
+    conversations: list[tuple[Messages, Any]] = field(default_factory=list)  # with their tools
+    lines: int = 0
+    bad: dict[str, list[str]] = field(default_factory=dict)
+
+    def refuse(self, reason: str, where: str) -> None:
+        self.bad.setdefault(reason, []).append(where)
+
+    def summary(self) -> str:
+        """`3 lines not used: not JSON (a.jsonl:4), …`."""
+        shown = (f"{reason} ({len(places)}: {', '.join(places[:3])})" for reason, places in self.bad.items())
+        return f"{sum(map(len, self.bad.values()))} of {self.lines} lines not used: {'; '.join(shown)}"
+
+
+def read_chats(paths: Sequence[Path]) -> Read:
+    """JSON lines of {"messages": [{"role", "content"}, …], "tools": …}. Raises DataError where a file is missing, too
+    many lines cannot be used, or none is left."""
+    found = Read()
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path.resolve()}: no such file; give JSON lines of conversations")
+        with path.open("rb") as lines:
+            for number, raw in enumerate(lines, 1):
+                if raw.strip():
+                    found.lines += 1
+                    _read_line(raw, f"{path.name}:{number}", found)
+    bad = sum(map(len, found.bad.values()))
+    if bad > MAX_MALFORMED * found.lines or not found.conversations:
+        raise DataError(
+            f"{', '.join(map(str, paths))}: {found.summary() if bad else 'no conversation in it'}"
+        )
+    return found
+
+
+def _read_line(raw: bytes, where: str, found: Read) -> None:
+    try:
+        tree = json.loads(raw)
+    except (UnicodeDecodeError, ValueError):
+        return found.refuse("not JSON", where)
+    messages = tree.get("messages") if isinstance(tree, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        return found.refuse('no list "messages" of objects with a role', where)
+    if not any(m["role"] == "assistant" for m in messages):
+        return found.refuse("the assistant says nothing", where)
+    found.conversations.append((messages, tree.get("tools")))
+    return None
+
+
+def examples(
+    messages: Messages, tools: Any, tokenizer: Tokenizer, template: ChatTemplate
+) -> Iterator[Example]:
+    """One example of the whole conversation; where the template tells earlier turns otherwise once later ones follow
+    (reasoning that is dropped), one example for each answer, so that each is learnt as it will be asked for."""
+    whole = template.render(messages, tools, add_generation_prompt=False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = template.render(messages[:i], tools, add_generation_prompt=True) if i else ""
+        after = template.render(messages[: i + 1], tools, add_generation_prompt=False)
+        if not after.startswith(before):
+            raise TokenizerError(
+                f"{template.origin}: the prompt for an answer is not how the answered conversation begins"
+            )
+        spans.append((before, after))
+    if all(whole.startswith(after) for _, after in spans):
+        cuts = [(len(before), len(after)) for before, after in spans]
+        yield _tokenized(whole, cuts, tokenizer)
+    else:
+        for before, after in spans:
+            yield _tokenized(after, [(len(before), len(after))], tokenizer)
+
+
+def _tokenized(text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> Example:
+    """Each part by itself: at inference the prompt is tokenised without its answer, so no token may cross over."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    at = 0
+    for begin, end in spans:
+        prompt = tokenizer.encode(text[at:begin], add_bos=False)
+        answer = tokenizer.encode(text[begin:end], add_bos=False)
+        ends = [i for i, token in enumerate(answer) if token in tokenizer.eos_ids]
+        said = ends[-1] + 1 if ends else len(answer)  # a line feed behind the end token is never generated
+        ids += prompt + answer
+        mask += [False] * len(prompt) + [i < said for i in range(len(answer))]
+        at = end
+    return Example(ids, mask)

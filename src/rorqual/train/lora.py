@@ -1,0 +1,162 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): frozen weights, and beside them a small product that is trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.checkpoint.files import whole_folder
+from rorqual.checkpoint.names import published_name
+from rorqual.checkpoint.tensors import TensorFile, write_tensors
+from rorqual.errors import CheckpointError, ConfigError
+from rorqual.model.transformer import Transformer
+
+# fmt: off
+TARGETS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+    "gate_proj", "up_proj", "down_proj",
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which projections get adapters, and of which size. Routed experts have none: they are fused."""
+
+    rank: int = 8
+    alpha: float = 16.0  # the product is scaled by alpha / rank
+    targets: tuple[str, ...] = TARGETS  # those that the model has
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank={self.rank}: must be 1 or more")
+        if self.alpha <= 0:
+            raise ConfigError(f"lora.alpha={self.alpha}: must be above 0")
+        wrong = [t for t in self.targets if t not in TARGETS]
+        if wrong or not self.targets:
+            raise ConfigError(f"lora.targets={list(self.targets)}: must be among {', '.join(TARGETS)}")
+
+
+class LoraLinear(nn.Linear):
+    """y = W x + alpha / rank * B A x, with W frozen; B starts at 0, so nothing changes before the first update."""
+
+    def __init__(self, base: nn.Linear, lora: Lora, generator: torch.Generator) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        bound = math.sqrt(1 / base.in_features)
+        a = torch.empty(lora.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_a = nn.Parameter(a)
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, lora.rank))
+        self.scaling = lora.alpha / lora.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*L, in] → [*L, out]."""
+        return F.linear(x, self.weight, self.bias) + self.scaling * F.linear(
+            F.linear(x, self.lora_a), self.lora_b
+        )
+
+    def merged(self) -> nn.Linear:
+        """A plain layer with the product added to its weight."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        delta = self.scaling * self.lora_b.detach() @ self.lora_a.detach()
+        plain.weight = nn.Parameter(self.weight.detach() + delta.to(self.weight.dtype))
+        plain.bias = self.bias
+        return plain
+
+
+def add_lora(model: Transformer, lora: Lora, seed: int) -> Transformer:
+    """Freeze the model and put adapters beside its targets, in place."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for parent, name, layer in list(_linears(model)):
+        if name in lora.targets:
+            setattr(parent, name, LoraLinear(layer, lora, generator))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"lora.targets={list(lora.targets)}: this model has none of them")
+    return model
+
+
+def merge_lora(model: Transformer) -> Transformer:
+    """A copy of the model without adapters, their products added to its weights."""
+    plain = copy.deepcopy(model)
+    for parent, name, layer in list(_linears(plain)):
+        if isinstance(layer, LoraLinear):
+            setattr(parent, name, layer.merged())
+    return plain.requires_grad_(True)
+
+
+def save_adapter(model: Transformer, folder: Path, lora: Lora, base: str) -> None:
+    """Write the adapters alone, in the layout that Hugging Face's PEFT reads. `base` names the model beneath."""
+    tensors = []
+    for name, layer in _adapters(model):
+        published = "base_model.model." + published_name(model.config, f"{name}.weight").removesuffix(
+            ".weight"
+        )
+        tensors += [
+            (f"{published}.lora_A.weight", layer.lora_a),
+            (f"{published}.lora_B.weight", layer.lora_b),
+        ]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name, _ in _adapters(model)}),
+    }
+    with whole_folder(folder, replace=folder.exists()) as work:
+        write_tensors(work / "adapter_model.safetensors", tensors)
+        (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def load_adapter(model: Transformer, folder: Path) -> Transformer:
+    """Put saved adapters beside a model's weights, in place. Raises CheckpointError where they do not fit it."""
+    path = folder / "adapter_config.json"
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        lora = Lora(int(tree["r"]), float(tree["lora_alpha"]), tuple(tree["target_modules"]))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(
+            f"{path.resolve()}: not an adapter that can be read ({type(e).__name__}: {e})"
+        ) from e
+    file = TensorFile(folder / "adapter_model.safetensors")
+    add_lora(model, lora, seed=0)
+    wanted: dict[str, Tensor] = {}
+    for name, layer in _adapters(model):
+        published = "base_model.model." + published_name(model.config, f"{name}.weight").removesuffix(
+            ".weight"
+        )
+        wanted |= {f"{published}.lora_A.weight": layer.lora_a, f"{published}.lora_B.weight": layer.lora_b}
+    wrong = sorted(set(wanted) ^ set(file.entries))
+    wrong += [n for n, t in wanted.items() if n in file.entries and file.entries[n].shape != tuple(t.shape)]
+    if wrong:
+        raise CheckpointError(
+            f"{file.path}: does not fit the model: {wrong[0]} and {len(wrong) - 1} more differ"
+        )
+    for name, tensor in wanted.items():
+        file.read_into(name, tensor.data)
+    return model
+
+
+def _adapters(model: Transformer) -> list[tuple[str, LoraLinear]]:
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear)]
+
+
+def _linears(model: Transformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """(parent, name, layer) of every linear layer inside the layers and MTP modules."""
+    for root in (*model.layers, *model.mtp):
+        for parent in root.modules():
+            for name, child in parent.named_children():
+                if isinstance(child, nn.Linear):
+                    yield parent, name, child
