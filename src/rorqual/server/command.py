@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from rorqual.engine.config import EngineConfig
 from rorqual.errors import ConfigError
+from rorqual.server.costing import Machine, measure, per_million, price_list
 from rorqual.server.ledger import Key, Ledger
 from rorqual.server.price import PriceList, decimal_text, nano
 from rorqual.server.settings import Settings
@@ -50,6 +52,9 @@ class ServeOptions:
     """Price list (TOML or JSON); without one every token is free."""
     log_level: Literal["debug", "info", "warning"] = "info"
     """How much goes to standard error."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights; auto: as they are stored."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
 
 
@@ -95,7 +100,7 @@ def build_service(options: ServeOptions) -> Service:
 
 
 def _models(options: ServeOptions) -> list[Served]:
-    from rorqual.server.loading import load_served, scripted
+    from rorqual.server.loading import scripted
 
     if (options.model is None) == (options.scripted is None):
         raise ConfigError("give a MODEL folder or --scripted FILE" + (", not both" if options.model else ""))
@@ -105,11 +110,12 @@ def _models(options: ServeOptions) -> list[Served]:
         return [scripted(options.name or "scripted", options.scripted, options.settings.max_open)]
     assert options.model is not None
     first = Path(options.model)
-    models = [load_served(options.name or first.resolve().stem, first, options.settings.max_open)]
-    for entry in options.also:
-        name, path = _pair(entry, "also")
-        models.append(load_served(name, Path(path), options.settings.max_open))
-    return models
+    load = _loader(options)
+    assert load is not None
+    models = [load(options.name or first.resolve().stem, first)]
+    return models + [
+        load(name, Path(path)) for name, path in (_pair(entry, "also") for entry in options.also)
+    ]
 
 
 def _loader(options: ServeOptions) -> Callable[[str, Path], Served] | None:
@@ -117,7 +123,9 @@ def _loader(options: ServeOptions) -> Callable[[str, Path], Served] | None:
         return None
     from rorqual.server.loading import load_served
 
-    return lambda name, path: load_served(name, path, options.settings.max_open)
+    return lambda name, path: load_served(
+        name, path, options.settings.max_open, options.engine, options.dtype
+    )
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:
@@ -280,4 +288,50 @@ def usage(argv: Sequence[str]) -> int:
         counts = f"{row.requests:>8} {row.hit:>12} {row.miss:>12} {row.output:>12}"
         print(f"{row.day:10}  {row.key_id or '-':12}  {row.model[:24]:24} {counts}  {cost} {row.currency}")
     ledger.close()
+    return 0
+
+
+@dataclass(frozen=True)
+class PriceOptions:
+    """Measure a model on this machine and say what a million tokens of each class cost here."""
+
+    model: tyro.conf.Positional[Path]
+    """Model folder or GGUF file."""
+    machine: Annotated[Machine, tyro.conf.arg(name="")] = field(default_factory=Machine)
+    currency: str = "USD"
+    """Currency of the prices of power and hardware."""
+    batch: int = 8
+    """Requests at one time."""
+    prompt_tokens: int = 256
+    """Tokens of each prompt."""
+    completion_tokens: int = 64
+    """Tokens of each completion; 2 or more."""
+    out: Path | None = None
+    """Price list to write, for `rorqual serve --prices`."""
+
+
+def price(argv: Sequence[str]) -> int:
+    """Print the costs and, where asked, write them as a price list."""
+    options = tyro.cli(PriceOptions, args=list(argv), prog="rorqual price")
+    if options.batch < 1 or options.prompt_tokens < 1 or options.completion_tokens < 2:
+        raise ConfigError("batch and prompt_tokens must be 1 or more, completion_tokens 2 or more")
+    from rorqual.server.loading import load_engine
+
+    engine = load_engine(options.model)
+    seconds = measure(
+        engine,
+        batch=options.batch,
+        prompt_tokens=options.prompt_tokens,
+        completion_tokens=options.completion_tokens,
+    )
+    for name, label in (("hit", "cache hit"), ("miss", "cache miss"), ("output", "output")):
+        each = getattr(seconds, name)
+        cost = per_million(each, options.machine)
+        print(
+            f"{label:10}  {1 / max(each, 1e-12):>12.1f} tokens/s  {cost} {options.currency} a million tokens"
+        )
+    if options.out is not None:
+        text = price_list(seconds, options.machine, "*", options.currency)
+        options.out.write_text(text, encoding="utf-8")
+        print(f"written: {options.out}")
     return 0

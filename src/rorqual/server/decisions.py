@@ -110,7 +110,9 @@ def _options(question: Question, where: str) -> _Asked:
 def _prompt(model: Served, request: DecisionsRequest, asked: _Asked) -> list[int]:
     """The input, the question and its options; the answer would follow."""
     question = asked.question
-    lines = [f"- {o}: {note}" if note else f"- {o}" for o, note in zip(asked.options, asked.notes, strict=True)]
+    lines = [
+        f"- {o}: {note}" if note else f"- {o}" for o, note in zip(asked.options, asked.notes, strict=True)
+    ]
     lead = "Is this true of the above?" if question.type == "predicate" else "Answer about the above:"
     text = f"{lead} {_instructions(question)}\nAnswer with one of:\n" + "\n".join(lines)
     conversation = _input(request)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rorqual.engine.config import EngineConfig
+from rorqual.engine.request import EngineCore
 from rorqual.errors import ConfigError
 from rorqual.server.bridge import Bridge
 from rorqual.server.models import Served
@@ -17,11 +19,18 @@ def scripted(name: str, script: Path | Script, max_open: int) -> Served:
     return Served(name, engine.tokenizer, ScriptedTemplate(thinks=read.thinks), Bridge(engine, max_open))
 
 
-def load_served(name: str, path: Path, max_open: int) -> Served:
+def load_served(name: str, path: Path, max_open: int, config: EngineConfig, dtype: str) -> Served:
     """A model folder or file behind the engine."""
     from rorqual.engine.llm import LLM
 
-    llm = LLM(path)
+    llm = LLM(path, config, dtype)
     if llm.tokenizer is None:
         raise ConfigError(f"model={path}: has no tokenizer.json, and text cannot be served without one")
     return Served(name, llm.tokenizer, llm.loaded.template, Bridge(llm.engine, max_open))
+
+
+def load_engine(path: Path) -> EngineCore:
+    """An engine alone."""
+    from rorqual.engine.llm import LLM
+
+    return LLM(path).engine
