@@ -54,7 +54,8 @@ def test_row_35_a_body_that_says_it_is_long(live):
 
 def test_row_35_a_body_in_chunks(live):
     """Refused as soon as it has grown too long, whatever is still to come."""
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
     with live.raw(head) as sock:
         for _ in range(11):
             sock.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")

@@ -38,7 +38,7 @@ RAW = {
     "array": b"[]",
     "a number": b"3",
     "bad UTF-8": b'{"model": "scripted", "messages": [{"role": "user", "content": "\xff\xfe"}]}',
-    "bad UTF-8 in an unknown field": b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "x": "\xff"}',
+    "bad UTF-8, field unknown": b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "x": "\xff"}',
     "NaN": b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}',
     "lone surrogate": b'{"model": "scripted", "messages": [{"role": "user", "content": "\\ud800"}]}',
     "too deep": b'{"model": "scripted", "messages": [{"role": "user", "content": "a"}], "x": '

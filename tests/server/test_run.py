@@ -58,7 +58,8 @@ class Process:
                 "messages": [{"role": "user", "content": content}],
             }
         )
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
         sock = socket.create_connection(("127.0.0.1", self.port), timeout=15)
         sock.sendall((head + body).encode())
         assert sock.recv(65536)

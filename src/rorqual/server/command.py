@@ -33,7 +33,7 @@ class ServeOptions:
     """Serve a model behind an OpenAI-, DeepSeek- and Anthropic-compatible API, with a chat page at /."""
 
     model: tyro.conf.Positional[str | None] = None
-    """Model folder, GGUF file, or the name of a packaged model."""
+    """Model folder or GGUF file."""
     name: str | None = None
     """Name under which the model is asked for; by default that of its folder."""
     also: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ def _models(options: ServeOptions) -> list[Served]:
     first = Path(options.model)
     load = _loader(options)
     assert load is not None
-    models = [load(options.name or first.resolve().stem, first)]
+    models = [load(options.name or _name_of(first), first)]
     return models + [
         load(name, Path(path)) for name, path in (_pair(entry, "also") for entry in options.also)
     ]
@@ -126,6 +126,11 @@ def _loader(options: ServeOptions) -> Callable[[str, Path], Served] | None:
     return lambda name, path: load_served(
         name, path, options.settings.max_open, options.engine, options.dtype
     )
+
+
+def _name_of(model: Path) -> str:
+    """A folder's name, or a file's without its ending."""
+    return model.stem if model.is_file() else model.resolve().name
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 from rorqual.errors import ConfigError
@@ -73,6 +74,11 @@ class Served:
     def tool_format(self) -> tuple[ToolFormat, bool]:
         """The form of tool calls, and whether the template itself writes tools."""
         return format_of(self.template.source if self.template is not None else "")
+
+    @cached_property
+    def special_texts(self) -> list[str]:
+        """How the special tokens are spelt."""
+        return [self.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in self.tokenizer.special_ids]
 
     async def vocabulary(self) -> Vocabulary:
         """The tokens as grammars need them."""

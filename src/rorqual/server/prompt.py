@@ -11,6 +11,7 @@ from rorqual.server.faults import invalid
 from rorqual.server.models import Served
 from rorqual.server.protocol import Message, Tool
 from rorqual.server.reasoning import CLOSE, OPEN, opened_by
+from rorqual.server.shield import Shield
 from rorqual.server.tools import ToolSpec
 
 
@@ -105,16 +106,17 @@ def render(
     if in_play and not native:
         plain = form.describe(plain, tools)
     plain = [_with_calls(message, form.history) for message in plain]
+    shield = Shield(model.special_texts)
     try:
         text = model.template.render(
-            plain,
-            tools=[tool.openai() for tool in tools] if tools and native else None,
+            [shield.cover(message) for message in plain],
+            tools=[shield.cover(tool.openai()) for tool in tools] if tools and native else None,
             add_generation_prompt=generate and not messages[-1].prefix,
             thinking=thinking,
         )
     except TokenizerError as e:
         raise invalid(f"the chat template refuses these messages: {e}", "messages") from None
-    return Prompt(text, model.tokenizer.encode(text, add_bos=False), opened_by(text))
+    return Prompt(shield.uncover(text), shield.encode(text, model.tokenizer), opened_by(text))
 
 
 def _plain(message: Message, *, keep_thought: bool) -> dict[str, Any]:
