@@ -7,10 +7,14 @@ and, for code, StarCoder (arXiv 2305.06161, section 3.1).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
-from rorqual.data.document import HAN, Document, words
+import numpy as np
 
+from rorqual.data.document import HAN, Document, hashes, ngrams, words
+
+_ALNUM, _LETTER = re.compile(r"[^\W_]"), re.compile(r"[^\W\d_]")
 STOP_WORDS = frozenset(["the", "be", "to", "of", "and", "that", "have", "with"])  # Gopher's eight
 
 
@@ -24,7 +28,8 @@ def quality(doc: Document) -> str | None:
 
 
 def _prose(text: str) -> str | None:
-    found = [w for w in text.split() if any(c.isalnum() for c in w)]
+    tokens = text.split()
+    found = [w for w in tokens if w.isalnum() or _ALNUM.search(w)]
     if not 50 <= len(found) <= 100_000:
         return "gopher: 50 to 100,000 words"
     mean = sum(map(len, found)) / len(found)
@@ -32,7 +37,7 @@ def _prose(text: str) -> str | None:
         return "gopher: mean word length 3 to 10"
     if (text.count("#") + text.count("...") + text.count("…")) / len(found) > 0.1:
         return "gopher: symbols to words under 0.1"
-    if sum(any(c.isalpha() for c in w) for w in found) / len(text.split()) < 0.8:
+    if sum(w.isalpha() or _LETTER.search(w) is not None for w in found) / len(tokens) < 0.8:
         return "gopher: 80% of words have a letter"
     if len(STOP_WORDS & {w.lower() for w in found}) < 2:
         return "gopher: two of eight stop words"
@@ -69,12 +74,15 @@ def _lines(text: str) -> str | None:
 def _repetition(found: list[str]) -> str | None:
     """Share of the characters in the most frequent n-gram, as in Gopher's table A1."""
     total = sum(map(len, found)) or 1
+    base = hashes(found)
     for n, most in ((2, 0.20), (3, 0.18), (4, 0.16)):
-        grams = Counter(zip(*(found[i:] for i in range(n)), strict=False))
-        if grams:
-            gram, times = grams.most_common(1)[0]
-            if times > 2 and times * sum(map(len, gram)) / total > most:
-                return f"gopher: top {n}-gram under {most:.0%} of characters"
+        if len(found) < n:
+            break
+        _, first, counts = np.unique(ngrams(base, n), return_index=True, return_counts=True)
+        top = int(counts.argmax())
+        times, at = int(counts[top]), int(first[top])
+        if times > 2 and times * sum(map(len, found[at : at + n])) / total > most:
+            return f"gopher: top {n}-gram under {most:.0%} of characters"
     return None
 
 
