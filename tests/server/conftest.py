@@ -61,6 +61,14 @@ class Live:
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{auth}Content-Type: application/json\r\n"
         return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
+    def loop_call(self, function: Callable[[], object]) -> None:
+        """Call a function on the server's event loop."""
+        done = threading.Event()
+        loop = self.service.models.all()[0].bridge._loop
+        assert loop is not None
+        loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        assert done.wait(5)
+
     def stats(self) -> tuple[int, int]:
         """Running and waiting completions, as the engine says now."""
         stats = self.service.models.all()[0].bridge.engine.stats()

@@ -19,6 +19,9 @@ from llguidance import LLMatcher, LLTokenizer
 
 from rorqual.server.faults import invalid
 
+_OPENERS = (
+    b'{[",:<\n'  # bytes after which more must follow: parts of JSON, and of the markup of a further call
+)
 _LONGEST_CLOSING = 512  # tokens; a grammar that needs more to end is left to run into max_tokens
 
 
@@ -63,7 +66,8 @@ class Vocabulary:
             n_vocab=size,
             eos_token=list(self.eos_ids),
         )
-        mixed = [i for i, t in enumerate(self.tokens) if len(t) > 1 and any(c in t for c in b'{[",:')]
+        whole = (i for i, t in enumerate(self.tokens) if len(t) > 1 and i not in special)
+        mixed = [i for i in whole if any(c in self.tokens[i] for c in _OPENERS)]
         self.mixed_structure = int.from_bytes(self.only(mixed), "little")  # a mask, as a number
         self._overruns: dict[bytes, list[tuple[int, bytes]]] = {}
 
@@ -273,8 +277,8 @@ class Constrained:
         can lead further away; each is tried, and tokens that hold one among others are left out.
         """
         kept = int.from_bytes(mask, "little") & ~self._vocabulary.mixed_structure
-        for byte in (b'"',) if self._text.in_string else (b"{", b"[", b'"', b",", b":"):
-            token_id = self._vocabulary.single(byte)
+        for byte in b'"' if self._text.in_string else _OPENERS:
+            token_id = self._vocabulary.single(bytes([byte]))
             if (
                 token_id is not None
                 and kept >> token_id & 1

@@ -1,0 +1,163 @@
+"""What HTTP costs beside the engine alone: tokens a second at 32 streams, and the time to the first token.
+
+    python bench/api_overhead.py MODEL [--streams 32 --tokens 64 --repeats 5]
+
+The same prompts and limits run through the engine in this process and through a server in another, in turns, so
+that both see the same machine. Goals: at least 97% of the engine's tokens a second; first token within 5 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent))
+from api_matrix import free_port, make_key, running
+from record import Row, write_record
+
+from rorqual.engine.llm import LLM
+from rorqual.engine.request import Request, SamplingParams
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is run."""
+
+    model: tyro.conf.Positional[Path]
+    """Model folder."""
+    streams: int = 32
+    """Requests at one time."""
+    tokens: int = 64
+    """Tokens of each."""
+    repeats: int = 5
+    """Rounds; the median counts."""
+
+
+def prompt(round_number: int, stream: int) -> str:
+    """Another text each time, so that nothing is cached."""
+    return f"{round_number} {stream}: tell me about the sea and what lives in it."
+
+
+def engine_round(llm: LLM, prompts: Sequence[str], tokens: int) -> tuple[float, float]:
+    """Tokens a second of all, and seconds to the first token of a lone request before them."""
+    params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    began = time.perf_counter()
+    llm.engine.add(Request("first", llm.encode([{"role": "user", "content": prompts[0]}]), params))
+    while not any(delta.token_ids for delta in llm.engine.step()):
+        pass
+    first = time.perf_counter() - began
+    llm.engine.abort("first")
+    began = time.perf_counter()
+    for i, text in enumerate(prompts[1:]):
+        llm.engine.add(Request(str(i), llm.encode([{"role": "user", "content": text}]), params))
+    count = 0
+    while llm.engine.has_work():
+        count += sum(len(delta.token_ids) for delta in llm.engine.step())
+    return count / (time.perf_counter() - began), first
+
+
+async def server_round(url: str, key: str, prompts: Sequence[str], tokens: int) -> tuple[float, float]:
+    """The same through HTTP, streamed."""
+    headers = {"authorization": f"Bearer {key}"}
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=600, limits=limits, trust_env=False
+    ) as client:
+        await client.get("/v1/models")  # the connection is there before the clock starts
+        began = time.perf_counter()
+        first = 0.0
+        async with client.stream("POST", "/v1/chat/completions", json=body(prompts[0], tokens)) as response:
+            async for line in response.aiter_lines():
+                if '"content":"' in line and '"content":""' not in line:
+                    first = time.perf_counter() - began
+                    break
+
+        async def one(text: str) -> int:
+            answer = b""
+            async with client.stream("POST", "/v1/chat/completions", json=body(text, tokens)) as response:
+                async for part in response.aiter_bytes():
+                    answer += part
+            assert answer.endswith(b"data: [DONE]\n\n")
+            return tokens
+
+        await asyncio.sleep(0.2)  # the first request's slot is free again
+        began = time.perf_counter()
+        counts = await asyncio.gather(*(one(text) for text in prompts[1:]))
+        return sum(counts) / (time.perf_counter() - began), first
+
+
+def body(text: str, tokens: int) -> dict[str, object]:
+    return {
+        "model": "m",
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+
+
+def main() -> None:
+    """Measure in turns and write bench/records/api_overhead.json."""
+    options = tyro.cli(Options)
+    engine: list[tuple[float, float]] = []
+    server: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        ledger, port = Path(scratch, "ledger.db"), free_port()
+        key, url = make_key(ledger), f"http://127.0.0.1:{port}"
+        serve = [
+            sys.executable,
+            "-m",
+            "rorqual.cli",
+            "serve",
+            str(options.model),
+            "--name",
+            "m",
+            "--port",
+            str(port),
+        ]
+        stack.enter_context(running([*serve, "--ledger", str(ledger)], url, Path(scratch, "log.txt")))
+        llm = LLM(options.model)
+        for number in range(options.repeats + 1):
+            prompts = [prompt(number, i) for i in range(options.streams + 1)]
+            mine = engine_round(llm, prompts, options.tokens)
+            through = asyncio.run(server_round(url, key, prompts, options.tokens))
+            if number:  # the first round warms both up
+                engine.append(mine)
+                server.append(through)
+            print(
+                f"engine {mine[0]:.1f} tokens/s, first {mine[1] * 1e3:.1f} ms; "
+                f"server {through[0]:.1f} tokens/s, first {through[1] * 1e3:.1f} ms",
+                flush=True,
+            )
+    speed = statistics.median(s[0] for s in server), statistics.median(e[0] for e in engine)
+    first = statistics.median(s[1] - e[1] for s, e in zip(server, engine, strict=True))
+    share = speed[0] / speed[1]
+    name = f"tokens/s through HTTP, {options.streams} streams"
+    rows = [
+        Row(name, speed[0], speed[1], "our engine alone", share, 0.97, "tokens/s"),
+        Row(
+            "time to first token added by HTTP",
+            first * 1e3,
+            5.0,
+            "bound",
+            5.0 / max(first * 1e3, 1e-3),
+            1.0,
+            "ms",
+        ),
+    ]
+    print(write_record("api_overhead", rows))
+
+
+if __name__ == "__main__":
+    main()
