@@ -113,8 +113,8 @@ def restore(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Saved
         raise CheckpointError(f"{folder.resolve()}: {STATE} has format {tree['format']}, this is {FORMAT}")
     file = TensorFile(folder / TENSORS)
     tensors = {name: file.read(name) for name in file.entries}
-    torch.set_rng_state(tensors.pop("torch_rng"))
     weights = hf.load_model(folder, torch.float32).state_dict()
+    torch.set_rng_state(tensors.pop("torch_rng"))
     return weights, Saved(int(tree["step"]), tensors, tree)
 
 

@@ -88,6 +88,7 @@ def conduct(
             trainer = Trainer(config, model, source, tokenizer_from, validation, export=export)
             bill = cost(shape)
             trainer.speed = Speed(config, step_flops(config, bill, trainer), _peak(config))
+            torch.manual_seed(config.seed)
             if found is not None:
                 trainer.resume(found)
                 show.say(f"going on from step {trainer.step}")
