@@ -24,6 +24,7 @@ class Lock:
         except OSError as e:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
+            self._file.close()
             raise RunError(
                 f"{self.path.parent.resolve()}: in use by process {holder}; choose another folder or stop it"
             ) from e

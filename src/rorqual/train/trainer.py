@@ -129,11 +129,10 @@ class Trainer:
         where the last checkpoint cannot be written.
         """
         checkpoint.clean(self.config.out, self.step)
-        log = Log(self.config.out, self.step)
         end = self.config.stop_at or self.config.steps
         bad, went_back_to = 0, None
         self.model.train()
-        with Stop() as stop:
+        with Stop() as stop, Log(self.config.out, self.step) as log:
             while self.step < end and stop.signal is None:
                 self.speed.begin()
                 update = self._one_step()
@@ -149,9 +148,9 @@ class Trainer:
                 if self.step % self.config.log_every == 0 or self.step == end or "heldout_bpb" in line:
                     log.write(line)
                     view.update(line)
-                if due(self.config.save_every, self.step) and self.step < end:
+                # Not amid bad steps: they may be why the run goes back.
+                if due(self.config.save_every, self.step) and self.step < end and not bad:
                     self._save_or_say(view)
-        log.close()
         return Result(self.step, self.save(), stop.signal)
 
     def _one_step(self) -> Update:

@@ -35,14 +35,14 @@ class Validation:
         if end or due(c.eval_every, step):
             found = heldout(model, self.batches, self.byte_lengths, c.document_masks)
             figures |= {"heldout_loss": found.loss, "heldout_bpb": found.bits_per_byte}
-        if end or due(c.sample_every, step):
+        if due(c.sample_every, step) or (end and c.sample_every > 0):
             figures |= self._samples(model, step, end)
         return figures
 
     def _samples(self, model: Transformer, step: int, end: bool) -> dict[str, Any]:
         prompts = PYTHON_PROMPTS if self.python else PROSE_PROMPTS
         if not end:
-            prompt = prompts[step // max(self.config.sample_every, 1) % len(prompts)]
+            prompt = prompts[step // self.config.sample_every % len(prompts)]
             return {"sample": sample(model, self.tokenizer, [prompt], SAMPLE_TOKENS, seed=step)[0]}
         count = JUDGED if self.python else 1
         texts = sample(model, self.tokenizer, prompts, SAMPLE_TOKENS, seed=step, count=count)
