@@ -1,2 +1,0 @@
-#include "kernels.h"
-extern const Kernels kernels_avx2 = {"avx2"};
