@@ -4,6 +4,7 @@ share.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ async def chat_turn(request: ChatRequest, model: Served, caller: Caller) -> Turn
     """What to generate for a chat request: prompt, sampling, structure and how to read the output."""
     tools = _offered(request)
     thinking = _thinking(request)
-    prompt = render(model, request.messages, tools, thinking=thinking)
+    # On a thread: a long conversation takes longer to read than other streams should wait.
+    prompt = await asyncio.to_thread(render, model, request.messages, tools, thinking=thinking)
     max_tokens = completion_limit(request)
     check_room(model, prompt.ids, max_tokens, "messages")
     structure = _structure(request, model, tools, prompt, thinking)

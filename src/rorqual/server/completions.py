@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ async def completions(caller: Caller, body: bytes) -> Reply:
     request = decode(body, CompletionRequest)
     check_stream_options(request)
     model = caller.service.models.find(request.model)
-    prompts = prompt_ids(request, model)
+    prompts = await asyncio.to_thread(prompt_ids, request, model)
     n = request.n or 1
     if request.best_of is not None and request.best_of != n:
         raise invalid(

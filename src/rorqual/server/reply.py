@@ -13,7 +13,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.types import Receive, Send
@@ -86,7 +86,9 @@ class Responder:
         self._send = send
         self._clock = clock
         self.status: int | None = None
-        self.streaming = False
+        self.accepted: Literal["whole", "stream"] | None = (
+            None  # what is being generated, once the engine took it
+        )
         self.last_sent = clock()
         self.blocked_since: float | None = None
 
@@ -149,10 +151,11 @@ async def _client_left(receive: Receive) -> None:
 
 
 async def _sign_of_life(responder: Responder, caller: Caller) -> None:
-    """A comment in a stream; before a whole answer, its head and a blank line, which JSON allows."""
-    if responder.streaming:
+    """A comment in a stream; before a whole answer, its head and a blank line, which JSON allows. Nothing before
+    the engine has taken the request: until then it may still be refused with a status."""
+    if responder.accepted == "stream" and responder.status is not None:
         await responder.write(b": keep-alive\n\n", more=True)
-    else:
+    elif responder.accepted == "whole":
         await responder.start(200, {**_JSON_HEADERS, **caller.headers()})
         await responder.write(b"\n", more=True)
 
@@ -176,13 +179,14 @@ async def _answer(work: Awaitable[Reply], caller: Caller, dialect: str, responde
 async def _generate(reply: Generated, caller: Caller, responder: Responder) -> None:
     async with reply.run:
         if reply.whole is not None:
+            responder.accepted = "whole"
             value = await reply.whole()
             await responder.start(200, {**_JSON_HEADERS, **caller.headers()})
             await responder.write(encode(value), more=False)
             return
         assert reply.frames is not None
         assert reply.error_frame is not None
-        responder.streaming = True
+        responder.accepted = "stream"
         await responder.start(200, {**_SSE_HEADERS, **caller.headers()})
         try:
             async for frame in reply.frames():
@@ -196,7 +200,7 @@ async def _generate(reply: Generated, caller: Caller, responder: Responder) -> N
 
 
 async def _fail(error: Exception, caller: Caller, dialect: str, responder: Responder) -> None:
-    if responder.streaming and responder.status is not None:
+    if responder.accepted == "stream" and responder.status is not None:
         return  # the stream has told it
     known = _known(error)
     caller.service.metrics.error(known.code)
