@@ -100,10 +100,10 @@ class Trainer:
         weights, saved = checkpoint.restore(folder, self.model.config)
         tensors = dict(saved.tensors)
         adapters = {n: tensors.pop(f"adapter.{n}") for n, _ in self._adapters()}
-        if adapters:
-            self.model.load_state_dict(adapters, strict=False)
-        else:
-            self.model.load_state_dict(weights)
+        if adapters:  # the saved weights have them merged: only the buffers (selection biases) are the run's own
+            buffers = dict(self.model.named_buffers())
+            weights = adapters | {n: t for n, t in weights.items() if n in buffers}
+        self.model.load_state_dict(weights, strict=not adapters)
         self.optimizer.load_state_dict(tensors)
         self.source.load_state_dict(saved.state["loader"])
         self.step, self.skipped = saved.step, int(saved.state["skipped"])
