@@ -39,7 +39,9 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "rorqual.checkpoint.command", "convert", "write a model folder in Hugging Face layout"
     ),
-    "quantize": Command("rorqual.engine.command", "quantize", "store a model at 4 or 8 bits a weight"),
+    "quantize": Command(
+        "rorqual.engine.quantize_command", "quantize", "store a model at 4 or 8 bits a weight"
+    ),
     "data": Command(
         "rorqual.data.command", "data", "build token shards from text: `rorqual data build SOURCES --out DIR`"
     ),

@@ -34,6 +34,10 @@ def scheme(config: Mapping[str, Any] | None) -> Scheme | None:
     if not config:
         return None
     method = config.get("quant_method")
+    if method == "rorqual":
+        raise CheckpointError(
+            "quantization_config quant_method='rorqual': packed for the engine; use rorqual.LLM, chat or serve"
+        )
     if method != "fp8":
         raise CheckpointError(
             f"quantization_config quant_method={method!r}: only fp8 in blocks is read; dequantise first"

@@ -7,12 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rorqual.checkpoint.loaded import Model, load
+import torch
+
+from rorqual.checkpoint import hf
+from rorqual.checkpoint.loaded import Model, load, locate
+from rorqual.device import resolve_dtype
+from rorqual.engine import quantize
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
 from rorqual.engine.request import Delta, FinishReason, Request, SamplingParams, TokenLogprob
 from rorqual.errors import TokenizerError
 from rorqual.text.template import ChatTemplate
+from rorqual.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or messages
 
@@ -40,6 +46,16 @@ class Completion:
         self.cached_tokens = delta.cached_tokens
 
 
+def load_any(path: str | Path, dtype: str = "auto") -> Model:
+    """What `rorqual.load` reads, and folders of `rorqual quantize`."""
+    where = locate(path)
+    if where.is_dir() and quantize.is_quantised(hf.read_config(where)):
+        wide = torch.bfloat16 if dtype == "auto" else resolve_dtype(dtype)
+        tokenizer = Tokenizer.load(where) if (where / "tokenizer.json").is_file() else None
+        return Model(quantize.load(where, wide), tokenizer, ChatTemplate.load(where))
+    return load(path, dtype)
+
+
 class LLM:
     """A model with an engine of its own.
 
@@ -50,7 +66,7 @@ class LLM:
     def __init__(
         self, model: str | Path | Model, config: EngineConfig | None = None, dtype: str = "auto"
     ) -> None:
-        self.loaded = model if isinstance(model, Model) else load(model, dtype)
+        self.loaded = model if isinstance(model, Model) else load_any(model, dtype)
         self.tokenizer = self.loaded.tokenizer
         self.engine = Engine(self.loaded.model, self.tokenizer, config)
         self._count = 0

@@ -1,0 +1,93 @@
+"""`rorqual quantize MODEL --bits 4|8`: store a model at fewer bits, with its perplexity before and after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    import torch
+
+    from rorqual.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """Store a model at 4 or 8 bits a weight."""
+
+    model: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path]
+    bits: Literal[4, 8] = 4
+    text: Path | None = (
+        None  # what perplexity is measured on, its first half used to calibrate; Python's own source by default
+    )
+    calibrate: bool = True  # weigh rounding errors by the activations that meet them
+    tokens: int = 2048  # of the text
+
+
+def quantize(argv: Sequence[str]) -> int:
+    options = tyro.cli(QuantizeOptions, args=list(argv), prog="rorqual quantize")
+    from rorqual.checkpoint.loaded import load, locate
+    from rorqual.engine import quantize as scheme
+    from rorqual.errors import CheckpointError
+
+    if options.out.exists():
+        raise CheckpointError(f"{options.out.resolve()}: exists already; remove it or choose another folder")
+    loaded = load(options.model, "bfloat16")
+    scheme.check(loaded.config, options.bits)
+    rows = text_rows(loaded.tokenizer, options.text, options.tokens)
+    before = None if rows is None else perplexity(loaded.model, rows[1])
+    importance = scheme.calibrate(loaded.model, rows[0]) if rows is not None and options.calibrate else None
+    model = scheme.quantize(loaded.model, options.bits, importance)
+    after = None if rows is None else perplexity(model, rows[1])
+    scheme.save(model, options.out, options.bits, locate(options.model) if options.model.is_dir() else None)
+    if before is None or after is None:
+        print("no tokenizer: perplexity was not measured")
+    else:
+        print(f"perplexity {before:.3f} before, {after:.3f} after ({after / before - 1:+.2%})")
+    print(f"{options.out}: {options.bits} bits, {size(options.out) / 1e6:,.1f} MB")
+    return 0
+
+
+def text_rows(tokenizer: object, path: Path | None, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(calibration rows, evaluation rows) of 256 tokens [B, 256]; None without a tokenizer."""
+    import inspect
+
+    import torch
+
+    from rorqual.errors import DataError
+    from rorqual.text.tokenizer import Tokenizer
+
+    if not isinstance(tokenizer, Tokenizer):
+        return None
+    text = inspect.getsource(inspect) if path is None else path.read_text(encoding="utf-8")
+    ids = tokenizer.encode(text)[: 2 * tokens]
+    if len(ids) < 512:
+        raise DataError(f"text={path}: {len(ids)} tokens; at least 512 are needed")
+    rows = torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256)
+    return rows[: len(rows) // 2], rows[len(rows) // 2 :]
+
+
+def perplexity(model: Transformer, rows: torch.Tensor) -> float:
+    """exp of the mean negative log-likelihood over rows [B, T]."""
+    import torch
+
+    from rorqual.model.attend import Causal
+
+    total = 0.0
+    with torch.inference_mode():
+        for row in rows:
+            h = model(row[None], torch.arange(len(row))[None], Causal())
+            logits = model.logits(h)[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
+    return math.exp(total / (rows.shape[0] * (rows.shape[1] - 1)))
+
+
+def size(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(p.stat().st_size for p in folder.glob("*.safetensors"))
