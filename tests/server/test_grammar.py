@@ -8,8 +8,11 @@ from typing import Any
 import jsonschema
 import pytest
 
-from rorqual.server.grammar import Free, Grammar, PhasedMask, Until, Vocabulary, json_schema_text
+from rorqual.server.grammar import Grammar
+from rorqual.server.json_schema import json_schema_text
+from rorqual.server.phases import Free, PhasedMask, Until
 from rorqual.server.scripted import ByteTokenizer, ScriptedAnswer
+from rorqual.server.vocabulary import Vocabulary
 
 NODE = {
     "type": "object",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import time
 
 import httpx
 import pytest
@@ -134,6 +135,9 @@ def test_row_38_request_ids(open_door, caplog):
     """Echoed when sent, made otherwise, in the log; what could break a log line is replaced."""
     with caplog.at_level(logging.INFO, logger="rorqual.access"):
         answer = open_door.client.post("/v1/chat/completions", json=BODY, headers={"x-request-id": "mine-1"})
+        end = time.monotonic() + 10
+        while not any("request_id=mine-1" in r.getMessage() for r in caplog.records):
+            assert time.monotonic() < end  # the line is written once the answer is out
     assert answer.headers["x-request-id"] == "mine-1"
     assert any(
         "request_id=mine-1" in r.getMessage() and "status=200" in r.getMessage() for r in caplog.records

@@ -9,7 +9,8 @@ import pytest
 
 from rorqual.server.events import CallArguments, CallStart, Text
 from rorqual.server.scripted import ScriptedAnswer
-from rorqual.server.tools import HERMES, DeepSeek, ToolSpec, ToolSplitter, format_of
+from rorqual.server.tool_parser import ToolSplitter
+from rorqual.server.tools import HERMES, DeepSeek, ToolSpec, format_of
 from rorqual.text.template import DEEPSEEK_V3, ChatTemplate
 
 FORMS = {"hermes": HERMES, "deepseek": DeepSeek(fenced=True), "deepseek bare": DeepSeek(fenced=False)}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from rorqual.engine.request import Delta, TokenLogprob
 from rorqual.server.events import CallEnd, Event, Finish, Reason, Reasoning, Text
 from rorqual.server.reasoning import Piece, ReasoningSplitter
-from rorqual.server.tools import ToolFormat, ToolSplitter
+from rorqual.server.tool_parser import ToolSplitter
+from rorqual.server.tools import ToolFormat
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,13 @@ def load_served(name: str, path: Path, max_open: int, config: EngineConfig, dtyp
     llm = LLM(path, config, dtype)
     if llm.tokenizer is None:
         raise ConfigError(f"model={path}: has no tokenizer.json, and text cannot be served without one")
-    return Served(name, llm.tokenizer, llm.loaded.template, Bridge(llm.engine, max_open))
+    return Served(
+        name,
+        llm.tokenizer,
+        llm.loaded.template,
+        Bridge(llm.engine, max_open),
+        flops=getattr(llm, "flops", None),
+    )
 
 
 def load_engine(path: Path) -> EngineCore:

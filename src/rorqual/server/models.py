@@ -12,9 +12,9 @@ from typing import Any, Protocol
 from rorqual.errors import ConfigError
 from rorqual.server.bridge import Bridge
 from rorqual.server.faults import ApiError, model_not_found
-from rorqual.server.grammar import Vocabulary
 from rorqual.server.reasoning import thinks
 from rorqual.server.tools import ToolFormat, format_of
+from rorqual.server.vocabulary import Vocabulary
 
 
 class ServedTokenizer(Protocol):

@@ -11,21 +11,14 @@ from llguidance import LLMatcher
 
 from rorqual.engine.request import TokenMask
 from rorqual.server.faults import invalid
-from rorqual.server.grammar import (
-    Forced,
-    Free,
-    Grammar,
-    Phase,
-    PhasedMask,
-    Until,
-    Vocabulary,
-    json_schema_text,
-    supported,
-)
+from rorqual.server.grammar import Grammar
+from rorqual.server.json_schema import json_schema_text, supported
 from rorqual.server.models import Served
+from rorqual.server.phases import Forced, Free, Phase, PhasedMask, Until
 from rorqual.server.protocol import ResponseFormat
 from rorqual.server.reasoning import CLOSE, OPEN
 from rorqual.server.tools import ToolFormat, ToolSpec
+from rorqual.server.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
