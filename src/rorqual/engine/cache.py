@@ -14,6 +14,7 @@ class PagedCache:
 
     def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.slots = slots
+        self.rank = config.kv_lora_rank or 0
         layers = config.num_hidden_layers
         if config.attention == "mla":
             width = (config.kv_lora_rank or 0) + config.qk_rope_head_dim

@@ -50,7 +50,7 @@ def load_any(path: str | Path, dtype: str = "auto") -> Model:
     """What `rorqual.load` reads, and folders of `rorqual quantize`."""
     where = locate(path)
     if where.is_dir() and quantize.is_quantised(hf.read_config(where)):
-        wide = torch.bfloat16 if dtype == "auto" else resolve_dtype(dtype)
+        wide = torch.float32 if dtype == "auto" else resolve_dtype(dtype)
         tokenizer = Tokenizer.load(where) if (where / "tokenizer.json").is_file() else None
         return Model(quantize.load(where, wide), tokenizer, ChatTemplate.load(where))
     return load(path, dtype)

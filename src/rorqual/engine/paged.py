@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rorqual.engine.cache import PagedCache
 from rorqual.kernels.attention import attention
+from rorqual.kernels.mla_decode import mla_decode, supported
 
 if TYPE_CHECKING:
     from rorqual.model.gqa import GQA
@@ -41,7 +42,11 @@ class Paged:
         self._chunks = [s for s in spans if s.count > 1 or s.start == 0]
         decodes = [s for s in spans if s.count == 1 and s.start > 0]
         self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long)
-        if decodes:
+        self._native = bool(decodes and cache.latent and supported(cache.latent[0], cache.rank))
+        if self._native:
+            self._table = torch.cat([s.slots for s in decodes])
+            self._offsets = torch.tensor([0, *(len(s.slots) for s in decodes)]).cumsum(0)
+        elif decodes:
             longest = max(len(s.slots) for s in decodes)
             self._gather = torch.zeros(len(decodes), longest, dtype=torch.long)
             lengths = torch.tensor([len(s.slots) for s in decodes])
@@ -61,8 +66,7 @@ class Paged:
         out = q_nope.new_empty(*q_nope.shape[:2], attn.v_head_dim)
         if len(self._rows):
             q = torch.cat((attn.absorb_query(q_nope[self._rows]), q_rope[self._rows]), -1)
-            keys = rows[self._gather].to(q.dtype)  # [B, S, C + R]
-            out[self._rows] = attn.expand_output(self._decode_latent(q, keys, attn))
+            out[self._rows] = attn.expand_output(self._decode_latent(q, rows, attn))
         for span in self._chunks:
             part = slice(span.row, span.row + span.count)
             out[part] = self._chunk_latent(q_nope[part], q_rope[part], rows[span.slots], span, attn)
@@ -84,8 +88,12 @@ class Paged:
             out[part] = result[0].transpose(0, 1)
         return out
 
-    def _decode_latent(self, q: Tensor, keys: Tensor, attn: MLA) -> Tensor:
-        """q [B, H, C + R] against the latent rows [B, S, C + R] → [B, H, C]: heads are rows of one product."""
+    def _decode_latent(self, q: Tensor, rows: Tensor, attn: MLA) -> Tensor:
+        """q [B, H, C + R] against the cached rows of each request → [B, H, C]; without the native kernel on padded
+        copies of them, heads being rows of one product."""
+        if self._native:
+            return mla_decode(q, rows, self._table, self._offsets, attn.kv_lora_rank, attn.scale).to(q.dtype)
+        keys = rows[self._gather].to(q.dtype)  # [B, S, C + R]
         scores = (q @ keys.mT).float() * attn.scale
         if not self._even:
             scores = scores.masked_fill(~self._mask[:, 0], float("-inf"))
