@@ -6,6 +6,8 @@ Frequencies depend on the checkpoint's rope config alone, never on the length of
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,14 +84,47 @@ def softmax_scale(config: ModelConfig) -> float:
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (0,1), (2,3), … of x [*L, H, R] by cos, sin [*L, R/2] (DeepSeek's layout)."""
+    return _rotated(_interleaved, x, cos, sin)
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + D/2) of x [*L, H, D] by cos, sin [*L, D/2] (the Llama layout)."""
+    return _rotated(_half, x, cos, sin)
+
+
+def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     pairs = x.float().unflatten(-1, (-1, 2))
     even, odd = pairs.unbind(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2).to(x.dtype)
 
 
-def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + D/2) of x [*L, H, D] by cos, sin [*L, D/2] (the Llama layout)."""
+def _half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, -1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _rotated(rotate: Rotate, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return rotate(x, cos, sin)
+    out: Tensor = _Rotation.apply(rotate, x, cos, sin)
+    return out
+
+
+class _Rotation(torch.autograd.Function):
+    """A rotation's gradient is the rotation back: one pass instead of the gradients of its slices and products."""
+
+    @staticmethod
+    def forward(ctx: Any, rotate: Rotate, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.rotate = rotate
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return None, ctx.rotate(grad, cos, -sin), None, None

@@ -1,0 +1,51 @@
+"""RMSNorm for training on a CPU: few passes, and under autocast an output in its dtype.
+
+Plain operations would leave float32, which autocast then casts once for each projection that reads it; its gradients
+take the same way back. `rms_norm_reference` defines the result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension [*L, D], the mean square taken in float32."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same with a gradient of its own."""
+    dtype = x.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = x.float()
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = (size.square_() / x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        normed = x.float() * inverse
+        wide = grad.float()
+        dweight = (wide * normed).flatten(0, -2).sum(0)
+        scaled = wide * weight
+        # d/dx of x / rms(x): what is along x drops out
+        along = (scaled * normed).mean(-1, keepdim=True)
+        dx = scaled.sub_(normed.mul_(along)).mul_(inverse)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None, None

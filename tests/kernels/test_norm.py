@@ -1,0 +1,47 @@
+"""RMSNorm and rotations for training against their definitions."""
+
+import pytest
+import torch
+
+from rorqual.kernels.norm import rms_norm, rms_norm_reference
+from rorqual.model import rope
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 12), (2, 3, 7)])
+def test_norm_and_gradients_equal_the_definition(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape, dtype=dtype), torch.rand(shape[-1], dtype=dtype) + 0.5
+    found = []
+    for op in (rms_norm, rms_norm_reference):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        out = op(*leaves, 1e-6)
+        grads = torch.autograd.grad((out.float() * torch.arange(shape[-1])).sum(), leaves)
+        found.append((out, *grads))
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    for got, want in zip(*found, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+def test_under_autocast_it_leaves_its_dtype_and_takes_gradients_in_float32() -> None:
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = rms_norm(x, weight, 1e-6)
+    out.float().square().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert (x.grad.dtype, weight.grad.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(out.float(), rms_norm_reference(x, weight, 1e-6), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_a_rotations_gradient_is_that_of_its_parts(layout: str) -> None:
+    fast, plain = getattr(rope, f"rotate_{layout}"), getattr(rope, f"_{layout}")
+    x, angles = torch.randn(2, 5, 3, 8), torch.randn(2, 5, 4)
+    found = []
+    for rotate in (fast, plain):
+        leaf = x.clone().requires_grad_()
+        out = rotate(leaf, angles.cos(), angles.sin())
+        (grad,) = torch.autograd.grad((out * torch.arange(8)).sum(), leaf)
+        found.append((out, grad))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
