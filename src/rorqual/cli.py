@@ -56,7 +56,7 @@ COMMANDS: dict[str, Command] = {
     "usage": Command("rorqual.server.command", "usage", "what was used and what it cost"),
     "price": Command("rorqual.server.command", "price", "what a million tokens cost on this machine"),
     "bench": Command(
-        "rorqual.engine.command", "bench", "decode and prefill speed of a model on this machine"
+        "rorqual.engine.bench_command", "bench", "decode and prefill speed of a model on this machine"
     ),
 }
 

@@ -28,6 +28,11 @@ class PagedCache:
             self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of one cached element."""
+        return (self.latent or self.keys)[0].element_size()
+
+    @property
     def bytes(self) -> int:
         """Allocated bytes: slots x cached elements a token x element size."""
         return sum(t.numel() * t.element_size() for t in (*self.latent, *self.keys, *self.values))
