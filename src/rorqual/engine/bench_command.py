@@ -1,4 +1,4 @@
-"""`rorqual bench MODEL`: how fast this model decodes and reads prompts here, and how near that is to the machine's limits."""
+"""`rorqual bench MODEL`: decode and prefill speed of a model here, and how near the machine's limits they come."""
 
 from __future__ import annotations
 
