@@ -54,6 +54,17 @@ def test_leaving_a_stream_early_frees_it(folder: Path) -> None:
     assert not llm.engine.has_work()
 
 
+def test_flops_of_a_request_by_hand(folder: Path) -> None:
+    """A cached token costs nothing but the attention to it; two FLOPs a weight for every other."""
+    from rorqual.model.cost import cost
+
+    llm = LLM(folder)
+    c = cost(llm.loaded.config)
+    assert llm.flops(0, 1, 0) == round(2 * c.matmul + c.attention_flops(0.5, False))
+    assert llm.flops(10, 10, 0) == 0
+    assert llm.flops(0, 20, 5) > llm.flops(16, 20, 5) > llm.flops(16, 20, 4)
+
+
 def test_text_without_a_tokenizer_is_refused(folder: Path) -> None:
     loaded = LLM(folder).loaded
     bare = LLM(Model(loaded.model, None, None))

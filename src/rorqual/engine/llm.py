@@ -12,11 +12,12 @@ import torch
 from rorqual.checkpoint import hf
 from rorqual.checkpoint.loaded import Model, load, locate
 from rorqual.device import resolve_dtype
-from rorqual.engine import quantize
+from rorqual.engine import packed_folder
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
 from rorqual.engine.request import Delta, FinishReason, Request, SamplingParams, TokenLogprob
 from rorqual.errors import TokenizerError
+from rorqual.model.cost import cost
 from rorqual.text.template import ChatTemplate
 from rorqual.text.tokenizer import Tokenizer
 
@@ -49,10 +50,10 @@ class Completion:
 def load_any(path: str | Path, dtype: str = "auto") -> Model:
     """What `rorqual.load` reads, and folders of `rorqual quantize`."""
     where = locate(path)
-    if where.is_dir() and quantize.is_quantised(hf.read_config(where)):
+    if where.is_dir() and packed_folder.is_quantised(hf.read_config(where)):
         wide = torch.float32 if dtype == "auto" else resolve_dtype(dtype)
         tokenizer = Tokenizer.load(where) if (where / "tokenizer.json").is_file() else None
-        return Model(quantize.load(where, wide), tokenizer, ChatTemplate.load(where))
+        return Model(packed_folder.load(where, wide), tokenizer, ChatTemplate.load(where))
     return load(path, dtype)
 
 
@@ -69,7 +70,17 @@ class LLM:
         self.loaded = model if isinstance(model, Model) else load_any(model, dtype)
         self.tokenizer = self.loaded.tokenizer
         self.engine = Engine(self.loaded.model, self.tokenizer, config)
+        self._cost = cost(self.loaded.config)
         self._count = 0
+
+    def flops(self, cached: int, prompt: int, completion: int) -> int:
+        """FLOPs of a request: `prompt` tokens of which `cached` were found in the cache, then `completion` tokens."""
+        fresh = prompt - cached
+        total = 2.0 * self._cost.matmul * (fresh + completion)
+        total += self._cost.attention_flops((cached + prompt) / 2, absorbed=False) * fresh
+        absorbed = self.loaded.config.attention == "mla"
+        total += self._cost.attention_flops(prompt + completion / 2, absorbed) * completion
+        return round(total)
 
     @property
     def template(self) -> ChatTemplate:
