@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py src/rorqual/kernels/native/kernels.cpp
+$(STAMP): pyproject.toml setup.py $(wildcard src/rorqual/kernels/native/*.cpp src/rorqual/kernels/native/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -e ".[serve,rl,dev]"

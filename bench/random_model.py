@@ -5,7 +5,6 @@ Every value is random, so nothing is said of quality; speed and memory depend on
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import struct
 from collections.abc import Iterator
@@ -17,8 +16,7 @@ import torch
 
 from rorqual.checkpoint import hf
 from rorqual.checkpoint.tensors import _NAMES
-from rorqual.engine import quantize
-from rorqual.kernels import quantised
+from rorqual.engine import packed_folder, quantize
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 
@@ -26,27 +24,32 @@ from rorqual.model.transformer import Transformer
 def write_quantised(config: ModelConfig, folder: Path, bits: int = 4) -> None:
     """A folder as `rorqual quantize` writes it."""
     folder.mkdir(parents=True)
-    scheme = {"quant_method": quantize.METHOD, "bits": bits, "group_size": quantised.GROUP}
-    config = dataclasses.replace(config, quantization_config=scheme)
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
-        for name, module, width in list(quantize.targets(model, bits)):
-            quantize._set(model, name, quantize._empty(module, width))
+        formats = quantize.formats(model, bits)
+        quantize.empty(model, formats)
     generator = torch.Generator().manual_seed(0)
+    mins = {name for name, f in formats.items() if f.kind == "int4_min"}
 
     def fill(name: str, like: torch.Tensor) -> torch.Tensor:
-        if name.endswith((".packed", ".up", ".down")):
+        if like.dtype == torch.uint8:
             out = torch.randint(0, 256, like.shape, dtype=torch.uint8, generator=generator)
-            scale = torch.full((*like.shape[:-1], quantised.LANES), 0.01 if like.shape[-1] < 512 else 0.0005)
-            out[..., -2 * quantised.LANES :] = scale.half().view(torch.uint8)
+            four = name.rpartition(".")[0].removeprefix("model.") in mins
+            # Behind the values lie the halves: scales, and mins that centre them.
+            body = like.shape[-1] * (16 if four else 32) // (20 if four else 34)
+            scales = (like.shape[-1] - body) // (4 if four else 2)
+            halves = torch.full((scales,), 0.01 if four else 0.0005, dtype=torch.float16)
+            if four:
+                halves = torch.cat((halves, -7.5 * halves))
+            out[..., body:] = halves.view(torch.uint8)
             return out
         if "norm" in name:
             return torch.ones(like.shape, dtype=like.dtype)
         return (torch.randn(like.shape, generator=generator) * 0.02).to(like.dtype)
 
-    tensors = ((name, fill(name, t)) for name, t in quantize._named(model))
-    _stream(folder / hf.SINGLE, list(quantize._named(model)), tensors)
-    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=1), encoding="utf-8")
+    shapes = list(packed_folder.tensors(model))
+    _stream(folder / hf.SINGLE, shapes, ((name, fill(name, t)) for name, t in shapes))
+    packed_folder.write_config(packed_folder.with_scheme(config, formats), folder)
 
 
 def _stream(

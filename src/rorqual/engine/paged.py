@@ -15,7 +15,9 @@ from torch import Tensor
 
 from rorqual.engine.cache import PagedCache
 from rorqual.kernels.attention import attention
-from rorqual.kernels.mla_decode import mla_decode, supported
+from rorqual.kernels.mla_attention import mla_attention
+from rorqual.kernels.native import native
+from rorqual.kernels.paged import PagedRows
 
 if TYPE_CHECKING:
     from rorqual.model.gqa import GQA
@@ -42,10 +44,11 @@ class Paged:
         self._chunks = [s for s in spans if s.count > 1 or s.start == 0]
         decodes = [s for s in spans if s.count == 1 and s.start > 0]
         self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long)
-        self._native = bool(decodes and cache.latent and supported(cache.latent[0], cache.rank))
-        if self._native:
-            self._table = torch.cat([s.slots for s in decodes])
-            self._offsets = torch.tensor([0, *(len(s.slots) for s in decodes)]).cumsum(0)
+        self._native: PagedRows | None = None
+        if decodes and cache.latent and native() is not None:
+            lengths = torch.tensor([len(s.slots) for s in decodes], dtype=torch.int32)
+            table = torch.nn.utils.rnn.pad_sequence([s.slots for s in decodes], batch_first=True)
+            self._native = PagedRows(table.int(), torch.arange(len(decodes), dtype=torch.int32), lengths, 1)
         elif decodes:
             longest = max(len(s.slots) for s in decodes)
             self._gather = torch.zeros(len(decodes), longest, dtype=torch.long)
@@ -91,8 +94,8 @@ class Paged:
     def _decode_latent(self, q: Tensor, rows: Tensor, attn: MLA) -> Tensor:
         """q [B, H, C + R] against the cached rows of each request → [B, H, C]; without the native kernel on padded
         copies of them, heads being rows of one product."""
-        if self._native:
-            return mla_decode(q, rows, self._table, self._offsets, attn.kv_lora_rank, attn.scale).to(q.dtype)
+        if self._native is not None:
+            return mla_attention(q, rows, self._native, attn.kv_lora_rank, attn.scale).to(q.dtype)
         keys = rows[self._gather].to(q.dtype)  # [B, S, C + R]
         scores = (q @ keys.mT).float() * attn.scale
         if not self._even:

@@ -23,6 +23,7 @@ class QuantizeOptions:
     model: tyro.conf.Positional[Path]
     out: tyro.conf.Positional[Path]
     bits: Literal[4, 8] = 4
+    group: Literal[32, 128] = 32  # neighbouring weights that share a scale
     text: Path | None = (
         None  # what perplexity is measured on, its first half used to calibrate; Python's own source by default
     )
@@ -33,24 +34,27 @@ class QuantizeOptions:
 def quantize(argv: Sequence[str]) -> int:
     options = tyro.cli(QuantizeOptions, args=list(argv), prog="rorqual quantize")
     from rorqual.checkpoint.loaded import load, locate
+    from rorqual.engine import packed_folder
     from rorqual.engine import quantize as scheme
     from rorqual.errors import CheckpointError
 
     if options.out.exists():
         raise CheckpointError(f"{options.out.resolve()}: exists already; remove it or choose another folder")
-    loaded = load(options.model, "bfloat16")
-    scheme.check(loaded.config, options.bits)
+    loaded = load(options.model, "float32")
+    model, config = loaded.model, loaded.config
+    formats = scheme.formats(model, options.bits, options.group)
     rows = text_rows(loaded.tokenizer, options.text, options.tokens)
-    before = None if rows is None else perplexity(loaded.model, rows[1])
-    importance = scheme.calibrate(loaded.model, rows[0]) if rows is not None and options.calibrate else None
-    model = scheme.quantize(loaded.model, options.bits, importance)
+    before = None if rows is None else perplexity(model, rows[1])
+    importance = scheme.calibrate(model, rows[0]) if rows is not None and options.calibrate else None
+    scheme.quantize(model, formats, importance)
     after = None if rows is None else perplexity(model, rows[1])
-    scheme.save(model, options.out, options.bits, locate(options.model) if options.model.is_dir() else None)
+    packed_folder.save(model, formats, options.out, locate(options.model) if options.model.is_dir() else None)
     if before is None or after is None:
         print("no tokenizer: perplexity was not measured")
     else:
         print(f"perplexity {before:.3f} before, {after:.3f} after ({after / before - 1:+.2%})")
-    print(f"{options.out}: {options.bits} bits, {size(options.out) / 1e6:,.1f} MB")
+    mean = scheme.bits_a_weight(config, formats)
+    print(f"{options.out}: {mean:.2f} bits a weight, {size(options.out) / 1e6:,.1f} MB")
     return 0
 
 

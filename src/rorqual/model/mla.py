@@ -7,6 +7,8 @@ absorbed, where kv_b_proj's key half moves into the query and its value half beh
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,14 @@ from rorqual.model.layers import RMSNorm
 from rorqual.model.rope import rotate_half, rotate_interleaved, softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # the published code gives these two norms their default, whatever rms_norm_eps says
+
+
+class Absorbed(Protocol):
+    """Both absorbed products over weights that are not `kv_b_proj.weight`, such as quantised ones."""
+
+    def query(self, q_nope: Tensor) -> Tensor: ...
+
+    def output(self, latent: Tensor) -> Tensor: ...
 
 
 class MLA(nn.Module):
@@ -46,6 +56,7 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(
             self.kv_lora_rank, self.num_heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False
         )
+        self.absorbed: Absorbed | None = None
         self.o_proj = nn.Linear(self.num_heads * self.v_head_dim, hidden, bias=bias)
         # The latent's norm already bounds the keys; only the query and the shared rotary key need one of
         # their own.
@@ -97,8 +108,12 @@ class MLA(nn.Module):
 
     def absorb_query(self, q_nope: Tensor) -> Tensor:
         """q_nope [*L, H, n] → the query in latent space [*L, H, C]."""
+        if self.absorbed is not None:
+            return self.absorbed.query(q_nope)
         return torch.einsum("...hn,hnc->...hc", q_nope, self.kv_b_weight()[:, : self.qk_nope_head_dim])
 
     def expand_output(self, latent: Tensor) -> Tensor:
         """The attention's output in latent space [*L, H, C] → values [*L, H, v]."""
+        if self.absorbed is not None:
+            return self.absorbed.output(latent)
         return torch.einsum("...hc,hvc->...hv", latent, self.kv_b_weight()[:, self.qk_nope_head_dim :])

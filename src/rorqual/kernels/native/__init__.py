@@ -1,89 +1,130 @@
-"""The native library: which instruction set it runs with, and its functions on torch tensors.
+"""The native library: built when the package is installed (setup.py), found and described here.
 
-Built when the package is installed (setup.py). `library()` is None where it is not there or not wanted; the reason is
-said once. `RORQUAL_ISA` (avx512, avx2, portable, off) overrides the choice, for tests.
+Its kernels take plain pointers and share torch's threads: the library names `libgomp.so.1`, and as torch has
+loaded its own copy under that very name, the loader gives both the same one. A second runtime would spin
+against the first (bench/kernels.py --two-runtimes: a step of small products takes 5 times as long).
 
-OpenMP: the library leaves OpenMP's symbols open and takes those of the runtime that torch has loaded, so both share one
-pool; threads of a second runtime would spin while the first one works.
+`RORQUAL_ISA` (avx512, avx2, portable, or off for torch alone) overrides what the processor offers;
+torch's own `ATEN_CPU_CAPABILITY` limits it too.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import glob
+import hashlib
 import logging
 import os
-import platform
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from rorqual.errors import ConfigError
 
 log = logging.getLogger("rorqual")
 
-FLAGS = {
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
-    "avx2": {"avx2", "fma", "f16c"},
-    "portable": set(),
+ISAS = ("avx512", "avx2", "portable")  # best first
+HERE = Path(__file__).parent
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # kernels.h: Type
+
+_I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+_SIGNATURES = {
+    "linear": [_P, _I, _I, _I, _I, _P, _I, _I, _I, _I, _P, _I],
+    "experts": [_P, _P, _I, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I, _P, _I],
+    "dense": [_P, _I, _P, _I, _I, _I, _I, _I, _I, _I, _P, _I],
+    "mla": [_P, _P, _P, _I, _I, _F, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
+    "gqa": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
 }
 
 
-class Library:
-    """Functions of one instruction set, by name without prefix and suffix."""
+class Native:
+    """The loaded library; each kernel is a method that takes addresses and numbers (dispatch.cpp)."""
 
-    def __init__(self, handle: ctypes.CDLL, isa: str) -> None:
-        self._handle, self.isa = handle, isa
+    def __init__(self, handle: ctypes.CDLL) -> None:
+        self._handle = handle
+        self.isa = ""
+        for name, signature in _SIGNATURES.items():
+            function = getattr(handle, f"rorqual_{name}")
+            function.argtypes, function.restype = signature, None
+            setattr(self, name, function)
 
-    def call(self, name: str, *arguments: object) -> None:
-        """Call a function; tensors go as pointers, whole numbers as int64, fractions as float."""
-        function = getattr(self._handle, f"rq_{name}_{self.isa}")
-        function.restype = None
-        function(*(_argument(a) for a in arguments))
+    linear: ctypes._NamedFuncPointer
+    experts: ctypes._NamedFuncPointer
+    dense: ctypes._NamedFuncPointer
+    mla: ctypes._NamedFuncPointer
+    gqa: ctypes._NamedFuncPointer
 
-
-def _argument(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        assert value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    assert isinstance(value, int)
-    return ctypes.c_int64(value)
+    def use(self, isa: str) -> bool:
+        """Run another variant from now on; False where this processor cannot."""
+        if not self._handle.rorqual_use(isa.encode()):
+            return False
+        self.isa = isa
+        return True
 
 
 @functools.cache
-def library() -> Library | None:
-    """The library for this processor, or None with the reason logged once."""
-    wanted = os.environ.get("RORQUAL_ISA", "")
-    if wanted == "off":
+def native() -> Native | None:
+    """The library, or None where torch computes instead. The choice is logged once."""
+    wanted = _wanted()
+    if wanted is None:
+        log.info("kernels: torch (RORQUAL_ISA=off)")
         return None
-    path = Path(__file__).with_name("librorqual.so")
+    found = _load()
+    if isinstance(found, str):
+        log.warning("kernels: torch, several times slower at decoding (%s)", found)
+        return None
+    for isa in wanted:
+        if found.use(isa):
+            log.info("kernels: native, %s", isa)
+            return found
+    raise ConfigError(f"RORQUAL_ISA={wanted[0]}: this processor cannot; leave it out, or take portable")
+
+
+def _wanted() -> tuple[str, ...] | None:
+    """The variants to try in order; None for none."""
+    asked = os.environ.get("RORQUAL_ISA")
+    if asked == "off":
+        return None
+    if asked:
+        if asked not in ISAS:
+            raise ConfigError(f"RORQUAL_ISA={asked!r}: must be one of {', '.join(ISAS)}, or off")
+        return (asked,)
+    torchs = {"default": ISAS[2:], "avx2": ISAS[1:]}
+    return torchs.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), ISAS)
+
+
+def _load() -> Native | str:
+    """The library, or why there is none."""
+    path = HERE / "librorqual.so"
     if not path.is_file():
-        log.info("kernels: torch (the native library was not built; install again with a C++ compiler)")
-        return None
+        return "the native library was not built; install again with a C++ compiler"
     try:
-        _load_openmp()
         handle = ctypes.CDLL(str(path))
-    except OSError as e:
-        log.info("kernels: torch (%s)", e)
-        return None
-    isa = wanted or next(name for name, flags in FLAGS.items() if flags <= _processor_flags())
-    log.info("kernels: native, %s", isa)
-    return Library(handle, isa)
+        handle.rorqual_source_hash.restype = ctypes.c_char_p
+        built_from = handle.rorqual_source_hash().decode()
+    except (OSError, AttributeError) as e:
+        return str(e)
+    if built_from != _source_hash():
+        return "the native library is older than its sources; install again"
+    return Native(handle)
 
 
-def _load_openmp() -> None:
-    """Make the symbols of torch's OpenMP runtime visible to our library."""
-    found = sorted(glob.glob(str(Path(torch.__file__).parent / "lib" / "libgomp*.so*")))
-    ctypes.CDLL(found[0] if found else "libgomp.so.1", mode=ctypes.RTLD_GLOBAL)
+def _source_hash() -> str:
+    """As setup.py computes it."""
+    digest = hashlib.sha256()
+    for path in sorted(HERE.glob("*")):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def _processor_flags() -> set[str]:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return set()
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    line = next((x for x in text.splitlines() if x.startswith("flags")), "")
-    return set(line.split())
+def type_of(x: Tensor) -> int:
+    """How the library calls the tensor's dtype. Only contiguous tensors on the CPU have an address it can use."""
+    assert x.is_contiguous()
+    return TYPES[x.dtype]
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Whether activations are of a type and place that the kernels read."""
+    return all(x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu" for x in tensors)

@@ -1,0 +1,141 @@
+"""Modules over packed weights, which take the places of a model's own.
+
+Each holds its packed matrices as uint8 buffers and returns its input's dtype; kernels/quantised.py has the layout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.kernels.quantised import Format, Packed, dequantise, quantise
+from rorqual.kernels.quantised_experts import pack_up, quantised_experts
+from rorqual.kernels.quantised_heads import quantised_heads
+from rorqual.kernels.quantised_linear import quantised_linear
+from rorqual.model.mla import MLA
+from rorqual.model.moe import Experts
+
+
+def empty(format: Format, rows: int, width: int, *stack: int) -> Tensor:
+    """Room for packed matrices."""
+    return torch.empty(*stack, *format.shape(rows, width), dtype=torch.uint8)
+
+
+class QuantLinear(nn.Module):
+    """A linear layer; its bias stays wide."""
+
+    packed: Tensor
+    bias: Tensor | None
+
+    def __init__(self, format: Format, out_features: int, in_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.format, self.out_features, self.in_features = format, out_features, in_features
+        self.register_buffer("packed", empty(format, out_features, in_features))
+        self.register_buffer("bias", torch.empty(out_features) if bias else None)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, format: Format, importance: Tensor | None = None) -> QuantLinear:
+        new = cls(format, linear.out_features, linear.in_features, linear.bias is not None)
+        new.packed = quantise(linear.weight.detach(), format, importance).data
+        new.bias = None if linear.bias is None else linear.bias.detach().float()
+        return new
+
+    @property
+    def matrix(self) -> Packed:
+        return Packed(self.packed, self.out_features, self.in_features, self.format)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [*L, in] → [*L, out]."""
+        y = quantised_linear(x, self.matrix)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.format.kind} in groups of {self.format.group}"
+
+
+class QuantEmbedding(nn.Module):
+    """An embedding whose rows are widened when they are looked up."""
+
+    packed: Tensor
+
+    def __init__(self, format: Format, rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.format, self.rows, self.width, self.dtype = format, rows, width, dtype
+        self.register_buffer("packed", empty(format, rows, width))
+
+    @classmethod
+    def of(cls, embedding: nn.Embedding, format: Format) -> QuantEmbedding:
+        weight = embedding.weight.detach()
+        new = cls(format, weight.shape[0], weight.shape[1], weight.dtype)
+        new.packed = quantise(weight, format).data
+        return new
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [*L] → [*L, width]."""
+        unique, where = ids.flatten().unique(return_inverse=True)
+        blocks, block_of = (unique // 16).unique(return_inverse=True)
+        some = Packed(self.packed[blocks], 16 * len(blocks), self.width, self.format)
+        wide = dequantise(some)[block_of * 16 + unique % 16]
+        return wide[where].view(*ids.shape, self.width).to(self.dtype)
+
+
+class QuantExperts(nn.Module):
+    """All routed experts of a layer."""
+
+    up: Tensor
+    down: Tensor
+
+    def __init__(self, format: Format, experts: int, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.format, self.hidden, self.inner = format, hidden, inner
+        self.register_buffer("up", torch.cat([empty(format, inner, hidden, experts) for _ in range(2)], 1))
+        self.register_buffer("down", empty(format, hidden, inner, experts))
+
+    @classmethod
+    def of(cls, experts: Experts, format: Format, importance: Tensor | None = None) -> QuantExperts:
+        gate, up = experts.gate_up_proj.detach().chunk(2, 1)
+        new = cls(format, len(gate), gate.shape[2], gate.shape[1])
+        new.up = pack_up(gate, up, format, importance).data
+        new.down = quantise(experts.down_proj.detach(), format).data
+        return new
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, load: Tensor) -> Tensor:
+        """As `Experts.forward`; the load is not needed here."""
+        up = Packed(self.up, 2 * self.inner, self.hidden, self.format)
+        down = Packed(self.down, self.hidden, self.inner, self.format)
+        return quantised_experts(x, ids, weights, up, down).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.up)} of {self.hidden} x {self.inner}, {self.format.kind} in groups of {self.format.group}"
+
+
+class QuantAbsorbed(nn.Module):
+    """kv_b_proj's halves by head, for the absorbed form; `MLA.absorbed`. The keys' half is needed across there, rows
+    of latents instead of keys, so kv_b_proj itself is kept beside it for the expanded form."""
+
+    keys: Tensor  # [H, C, n]
+    values: Tensor  # [H, v, C]
+
+    def __init__(self, format: Format, heads: int, key_dim: int, value_dim: int, rank: int) -> None:
+        super().__init__()
+        self.format, self.key_dim, self.value_dim, self.rank = format, key_dim, value_dim, rank
+        self.register_buffer("keys", empty(format, rank, key_dim, heads))
+        self.register_buffer("values", empty(format, value_dim, rank, heads))
+
+    @classmethod
+    def of(cls, attn: MLA, format: Format) -> QuantAbsorbed:
+        keys, values = attn.kv_b_weight().detach().split([attn.qk_nope_head_dim, attn.v_head_dim], 1)
+        new = cls(format, len(keys), keys.shape[1], values.shape[1], attn.kv_lora_rank)
+        new.keys, new.values = quantise(keys.mT, format).data, quantise(values, format).data
+        return new
+
+    def query(self, q_nope: Tensor) -> Tensor:
+        """As `MLA.absorb_query`."""
+        return quantised_heads(q_nope, Packed(self.keys, self.rank, self.key_dim, self.format)).to(
+            q_nope.dtype
+        )
+
+    def output(self, latent: Tensor) -> Tensor:
+        """As `MLA.expand_output`."""
+        packed = Packed(self.values, self.value_dim, self.rank, self.format)
+        return quantised_heads(latent, packed).to(latent.dtype)

@@ -1,0 +1,8 @@
+#include "tile_avx512.h"
+
+#include "quantised.h"
+
+#include "attention.h"
+#include "dense.h"
+
+extern const Kernels kernels_avx512 = {"avx512", linear, experts, dense, mla, gqa};

@@ -1,0 +1,72 @@
+// The C interface of the library, for ctypes: which variant runs, and its functions with plain arguments.
+#include <cstring>
+
+#include "kernels.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+const Kernels* find(const char* isa) {
+#ifdef RORQUAL_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
+                        __builtin_cpu_supports("avx512bf16");
+    if (avx512 && !std::strcmp(isa, "avx512")) return &kernels_avx512;
+    if (avx2 && !std::strcmp(isa, "avx2")) return &kernels_avx2;
+#endif
+    return std::strcmp(isa, "portable") ? nullptr : &kernels_portable;
+}
+
+const Kernels* active = &kernels_portable;
+
+}  // namespace
+
+EXPORT const char* rorqual_source_hash() { return RORQUAL_SOURCE_HASH; }
+
+// Run a variant from now on; 0 where this processor cannot.
+EXPORT int rorqual_use(const char* isa) {
+    const Kernels* found = find(isa);
+    if (found) active = found;
+    return found != nullptr;
+}
+
+EXPORT void rorqual_linear(const void* w, int64_t rows, int64_t width, int64_t kind, int64_t group, const void* x,
+                           int64_t x_type, int64_t x_stride, int64_t n, int64_t matrices, void* y, int64_t threads) {
+    active->linear({(const uint8_t*)w, rows, width, kind, group}, x, x_type, x_stride, n, matrices, (float*)y,
+                   (int)threads);
+}
+
+EXPORT void rorqual_experts(const void* up, const void* down, int64_t hidden, int64_t inner, int64_t kind,
+                            int64_t group, const void* x, int64_t x_type, const void* ids, const void* weights,
+                            int64_t n, int64_t k, int64_t experts, void* y, int64_t threads) {
+    active->experts({(const uint8_t*)up, 2 * inner, hidden, kind, group},
+                    {(const uint8_t*)down, hidden, inner, kind, group}, x, x_type, (const int64_t*)ids,
+                    (const float*)weights, n, k, experts, (float*)y, (int)threads);
+}
+
+EXPORT void rorqual_dense(const void* w, int64_t w_type, const void* x, int64_t x_type, int64_t x_stride, int64_t n,
+                          int64_t rows, int64_t width, int64_t matrices, int64_t matrix_stride, void* y,
+                          int64_t threads) {
+    active->dense(w, w_type, x, x_type, x_stride, n, rows, width, matrices, matrix_stride, (float*)y, (int)threads);
+}
+
+EXPORT void rorqual_mla(const void* q, const void* request, const void* length, int64_t n, int64_t heads, float scale,
+                        const void* cache, int64_t type, int64_t stride, int64_t block_size, const void* table,
+                        int64_t table_width, int64_t rank, int64_t width, void* out, int64_t threads) {
+    active->mla({(const float*)q, (const int32_t*)request, (const int32_t*)length, n, heads, scale},
+                {cache, type, stride, block_size, (const int32_t*)table, table_width}, rank, width, (float*)out,
+                (int)threads);
+}
+
+EXPORT void rorqual_gqa(const void* q, const void* request, const void* length, int64_t n, int64_t heads, float scale,
+                        const void* keys, const void* values, int64_t type, int64_t stride, int64_t block_size,
+                        const void* table, int64_t table_width, int64_t kv_heads, int64_t width, void* out,
+                        int64_t threads) {
+    active->gqa({(const float*)q, (const int32_t*)request, (const int32_t*)length, n, heads, scale},
+                {keys, type, stride, block_size, (const int32_t*)table, table_width},
+                {values, type, stride, block_size, (const int32_t*)table, table_width}, kv_heads, width, (float*)out,
+                (int)threads);
+}

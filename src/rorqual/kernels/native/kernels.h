@@ -1,0 +1,52 @@
+// What every variant of the library provides. dispatch.cpp picks one table at run time; each variant is compiled
+// with its own instruction set from the same sources, everything in it local to its object file.
+#pragma once
+
+#include <cstdint>
+
+// How weights are stored; see quantised.py for the layout.
+enum Kind { INT4 = 0, INT4_MIN = 1, INT8 = 2 };
+
+// How rows of a cache or of activations are stored. INT8_ROWS: the bytes, then a half scale for each 64 of them.
+enum Type { FLOAT32 = 0, BFLOAT16 = 1, INT8_ROWS = 2 };
+
+// One matrix, or E of them behind each other: `rows` outputs (padded to 16) of `width` inputs.
+struct Weights {
+    const uint8_t* data;
+    int64_t rows, width;
+    int64_t kind, group;
+};
+
+struct PagedCache {
+    const void* data;
+    int64_t type;
+    int64_t stride;       // bytes from one token to the next
+    int64_t block_size;   // tokens of a block
+    const int32_t* table; // [B, table_width] block numbers
+    int64_t table_width;
+};
+
+// N query rows; row i belongs to request[i] and sees its first length[i] tokens.
+struct Queries {
+    const float* q;
+    const int32_t *request, *length;
+    int64_t n, heads;
+    float scale;
+};
+
+struct Kernels {
+    const char* isa;
+    void (*linear)(const Weights&, const void* x, int64_t x_type, int64_t x_stride, int64_t n, int64_t matrices,
+                   float* y, int threads);
+    void (*experts)(const Weights& up, const Weights& down, const void* x, int64_t x_type, const int64_t* ids,
+                    const float* weights, int64_t n, int64_t k, int64_t experts, float* y, int threads);
+    void (*dense)(const void* w, int64_t w_type, const void* x, int64_t x_type, int64_t x_stride, int64_t n,
+                  int64_t rows, int64_t width, int64_t matrices, int64_t matrix_stride, float* y, int threads);
+    void (*mla)(const Queries&, const PagedCache&, int64_t rank, int64_t width, float* out, int threads);
+    void (*gqa)(const Queries&, const PagedCache& keys, const PagedCache& values, int64_t kv_heads, int64_t width,
+                float* out, int threads);
+};
+
+extern const Kernels kernels_portable;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;

@@ -1,0 +1,8 @@
+#include "tile_portable.h"
+
+#include "quantised.h"
+
+#include "attention.h"
+#include "dense.h"
+
+extern const Kernels kernels_portable = {"portable", linear, experts, dense, mla, gqa};

@@ -1,0 +1,271 @@
+// Products of 4- and 8-bit weights with activations rounded to 8 bits, for one row or hundreds.
+//
+// A row of activations is rounded in the weights' own groups, each with its scale. All sums within a group are whole
+// numbers and groups are added in order, so a row's result is the same whatever rows it is computed with.
+#pragma once
+
+#include <utility>
+
+#include "scratch.h"
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int64_t SMALL = 1 << 16;  // weights x rows below which waking other threads costs more than it saves
+
+inline int64_t groups_of(const Weights& w) { return (w.width + w.group - 1) / w.group; }
+inline int64_t value_bytes(const Weights& w) { return LANES * groups_of(w) * w.group * (w.kind == INT8 ? 2 : 1) / 2; }
+inline int64_t scale_bytes(const Weights& w) { return LANES * 2 * groups_of(w); }
+inline int64_t block_bytes(const Weights& w) { return value_bytes(w) + scale_bytes(w) * (w.kind == INT4_MIN ? 2 : 1); }
+inline int64_t blocks_of(const Weights& w) { return (w.rows + LANES - 1) / LANES; }
+inline int64_t row_bytes(const Weights& w) { return groups_of(w) * (12 + w.group); }
+
+inline F load_any(const void* x, int64_t type, int64_t i) {
+    return type == BFLOAT16 ? load_bf16((const uint16_t*)x + i) : load((const float*)x + i);
+}
+
+inline float one(const void* x, int64_t type, int64_t i) {
+    if (type == FLOAT32) return ((const float*)x)[i];
+    const uint32_t bits = (uint32_t)((const uint16_t*)x)[i] << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
+}
+
+// A group of at most 128 values, zeros behind the last.
+inline void load_group(const void* x, int64_t type, int64_t from, int64_t count, int64_t group, float* out) {
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) store(out + i, load_any(x, type, from + i));
+    for (; i < count; i++) out[i] = one(x, type, from + i);
+    for (; i < group; i++) out[i] = 0;
+}
+
+// One row as the tile of one row: for each group its scale, its negated sum, scale * sum, and its bytes.
+inline void quantise_row(const Weights& w, const void* x, int64_t type, int64_t from, uint8_t* out) {
+    float wide[128];
+    for (int64_t g = 0; g < groups_of(w); g++, out += 12 + w.group) {
+        load_group(x, type, from + g * w.group, least(w.group, w.width - g * w.group), w.group, wide);
+        F peaks = zero(), poison = zero();
+        for (int i = 0; i < w.group; i += 16) {
+            peaks = max(peaks, abs(load(wide + i)));
+            poison = fma(load(wide + i), zero(), poison);  // NaN where a value is NaN or infinite, else 0
+        }
+        const float peak = highest(peaks), scale = peak / 127.0f + sum(poison);
+        const F inverse = set1(peak > 0 ? 127.0f / peak : 0.0f);
+        int8_t* bytes = (int8_t*)out + 12;
+        int32_t total = 0;
+        for (int i = 0; i < w.group; i += 16) store_int8(bytes + i, mul(load(wide + i), inverse));
+        for (int i = 0; i < w.group; i++) total += bytes[i];
+        const float scaled = scale * (float)total;
+        total = -total;
+        std::memcpy(out, &scale, 4);
+        std::memcpy(out + 4, &total, 4);
+        std::memcpy(out + 8, &scaled, 4);
+    }
+}
+
+// Rows of one each, interleaved word by word into a tile of `count`.
+inline void pack_tile(const Weights& w, const uint8_t* const* rows, int count, uint8_t* out) {
+    const int64_t words = 3 + w.group / 4, all = groups_of(w) * words;
+    for (int t = 0; t < count; t++) {
+        const uint32_t* from = (const uint32_t*)rows[t];
+        uint32_t* to = (uint32_t*)out + t;
+        for (int64_t i = 0; i < all; i++) to[i * count] = from[i];
+    }
+}
+
+using Tile = void (*)(const uint8_t*, const uint16_t*, const uint16_t*, const uint8_t*, int, int, float*);
+
+template <int KIND, int... T>
+constexpr Tile choose(int count, std::integer_sequence<int, T...>) {
+    constexpr Tile all[] = {tile<KIND, T + 1>...};
+    return all[count - 1];
+}
+
+inline Tile tile_of(int64_t kind, int count) {
+    constexpr auto heights = std::make_integer_sequence<int, ROWS>();
+    if (kind == INT4) return choose<INT4>(count, heights);
+    if (kind == INT4_MIN) return choose<INT4_MIN>(count, heights);
+    return choose<INT8>(count, heights);
+}
+
+// Block `block` of `w` against `count` rows packed as one tile → out [count][16].
+inline void block_product(const Weights& w, int64_t block, const uint8_t* x, int count, float* out) {
+    const uint8_t* data = w.data + block * block_bytes(w);
+    const uint16_t* scales = (const uint16_t*)(data + value_bytes(w));
+    const uint16_t* mins = (const uint16_t*)(data + value_bytes(w) + scale_bytes(w));
+    tile_of(w.kind, count)(data, scales, mins, x, (int)groups_of(w), (int)w.group, out);
+}
+
+// Rows [first, first + count) of some order of rows, to be computed together.
+struct Span {
+    int64_t first;
+    int count;
+};
+
+// `rows` rows in tiles of nearly equal height: 13 are 7 and 6, not 12 and 1.
+inline int64_t cut(int64_t first, int64_t rows, Span* spans) {
+    const int64_t pieces = (rows + ROWS - 1) / ROWS;
+    for (int64_t i = 0; i < pieces; i++) {
+        const int64_t begin = rows * i / pieces, end = rows * (i + 1) / pieces;
+        spans[i] = {first + begin, (int)(end - begin)};
+    }
+    return pieces;
+}
+
+inline void put(const float* block, float* to, int64_t outputs) {
+    if (outputs >= LANES)
+        store(to, load(block));
+    else
+        for (int64_t j = 0; j < outputs; j++) to[j] = block[j];
+}
+
+// y[i, m, :] = W[m] x[i, m, :], or x[i, :] for one matrix. x_stride: values from one row i to the next; within it the
+// inputs of matrix m follow those of m - 1.
+void linear(const Weights& w, const void* x, int64_t x_type, int64_t x_stride, int64_t n, int64_t matrices, float* y,
+            int threads) {
+    static thread_local Scratch rows_kept, tiles_kept, spans_kept;
+    const int64_t row = row_bytes(w), blocks = blocks_of(w), total = matrices * blocks;
+    uint8_t *rows = rows_kept.take<uint8_t>(matrices * n * row), *tiles = tiles_kept.take<uint8_t>(matrices * n * row);
+    Span* spans = spans_kept.take<Span>(n);
+    const int64_t pieces = cut(0, n, spans);
+    const int64_t chunk = most(1, least(n > ROWS ? 4 : 16, total / (4 * threads)));
+    if (matrices * w.rows * w.width * n < SMALL) threads = 1;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t i = 0; i < matrices * n; i++)
+            quantise_row(w, x, x_type, i % n * x_stride + i / n * w.width, rows + i * row);
+        if (n > 1) {
+#pragma omp for
+            for (int64_t i = 0; i < matrices * pieces; i++) {
+                const Span s = spans[i % pieces];
+                const uint8_t* from[ROWS];
+                const int64_t base = i / pieces * n + s.first;
+                for (int t = 0; t < s.count; t++) from[t] = rows + (base + t) * row;
+                pack_tile(w, from, s.count, tiles + base * row);
+            }
+        }
+        const uint8_t* packed = n > 1 ? tiles : rows;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t c = 0; c < (total + chunk - 1) / chunk; c++) {
+            alignas(64) float out[ROWS * LANES];
+            const int64_t end = least(total, (c + 1) * chunk);
+            for (int64_t p = 0; p < pieces; p++)
+                for (int64_t b = c * chunk; b < end; b++) {
+                    const int64_t m = b / blocks, o = b % blocks * LANES;
+                    block_product(w, b, packed + (m * n + spans[p].first) * row, spans[p].count, out);
+                    for (int t = 0; t < spans[p].count; t++)
+                        put(out + t * LANES, y + ((spans[p].first + t) * matrices + m) * w.rows + o, w.rows - o);
+                }
+        }
+    }
+}
+
+inline F silu(F x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
+
+// What a call of `experts` knows about its tokens: (token, slot) pairs sorted by expert, and tiles over them.
+struct Plan {
+    int64_t *pairs, *starts, *spans_from;  // spans_from [E + 1]: an expert's tiles
+    Span* spans;
+    int64_t* used;
+    int64_t count = 0;  // experts that have tokens
+};
+
+inline Plan plan(Scratch& memory, const int64_t* ids, int64_t pairs, int64_t experts) {
+    int64_t* base = memory.take<int64_t>(pairs + 3 * (experts + 1) + 2 * pairs);
+    Plan p{base, base + pairs, base + pairs + experts + 1, nullptr, base + pairs + 2 * (experts + 1)};
+    p.spans = (Span*)(base + pairs + 3 * (experts + 1));
+    for (int64_t e = 0; e <= experts; e++) p.starts[e] = 0;
+    for (int64_t i = 0; i < pairs; i++) p.starts[ids[i] + 1]++;
+    for (int64_t e = 0; e < experts; e++) p.starts[e + 1] += p.starts[e];
+    int64_t* next = p.spans_from;  // borrowed as a cursor before it gets its own values
+    for (int64_t e = 0; e < experts; e++) next[e] = p.starts[e];
+    for (int64_t i = 0; i < pairs; i++) p.pairs[next[ids[i]]++] = i;
+    int64_t tiles = 0;
+    for (int64_t e = 0; e < experts; e++) {
+        const int64_t rows = p.starts[e + 1] - p.starts[e];
+        p.spans_from[e] = tiles;
+        if (rows) p.used[p.count++] = e;
+        tiles += cut(p.starts[e], rows, p.spans + tiles);
+    }
+    p.spans_from[experts] = tiles;
+    return p;
+}
+
+// y[i] = sum over the k experts of row i of weight * down(silu(gate x) * up x), added in the order of expert numbers.
+// up: for each expert the blocks of the gate's f rows, then of the up projection's. down: rows of the hidden size.
+void experts(const Weights& up, const Weights& down, const void* x, int64_t x_type, const int64_t* ids,
+             const float* weights, int64_t n, int64_t k, int64_t count, float* y, int threads) {
+    static thread_local Scratch plan_kept, rows_kept, tiles_kept, inner_kept, inner_rows_kept, inner_tiles_kept;
+    const int64_t pairs = n * k, hidden = down.rows, inner = down.width;
+    const int64_t row = row_bytes(up), inner_row = row_bytes(down);
+    const int64_t inner_blocks = (inner + LANES - 1) / LANES, padded = inner_blocks * LANES;
+    const int64_t hidden_blocks = blocks_of(down);
+    const Plan p = plan(plan_kept, ids, pairs, count);
+    uint8_t *rows = rows_kept.take<uint8_t>(n * row), *tiles = tiles_kept.take<uint8_t>(pairs * row);
+    float* h = inner_kept.take<float>(pairs * padded);
+    uint8_t* inner_rows = inner_rows_kept.take<uint8_t>(pairs * inner_row);
+    uint8_t* inner_tiles = inner_tiles_kept.take<uint8_t>(pairs * inner_row);
+    const int64_t all_spans = p.spans_from[count];
+    // Neighbouring blocks of one expert lie behind each other in memory: hand them out in runs.
+    const int64_t run = most(1, least(8, inner_blocks * p.count / (8 * threads)));
+    const int64_t runs = (inner_blocks + run - 1) / run;
+    if (pairs * hidden * inner * 3 < SMALL) threads = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        alignas(64) float gate[ROWS * LANES], value[ROWS * LANES];
+        const uint8_t* from[ROWS];
+#pragma omp for
+        for (int64_t i = 0; i < n; i++) quantise_row(up, x, x_type, i * up.width, rows + i * row);
+#pragma omp for
+        for (int64_t s = 0; s < all_spans; s++) {
+            const Span span = p.spans[s];
+            for (int t = 0; t < span.count; t++) from[t] = rows + p.pairs[span.first + t] / k * row;
+            pack_tile(up, from, span.count, tiles + span.first * row);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < p.count * runs; task++) {
+            const int64_t e = p.used[task / runs], first = task % runs * run;
+            for (int64_t s = p.spans_from[e]; s < p.spans_from[e + 1]; s++)
+                for (int64_t b = first; b < least(inner_blocks, first + run); b++) {
+                    const Span span = p.spans[s];
+                    const uint8_t* packed = tiles + span.first * row;
+                    block_product(up, e * 2 * inner_blocks + b, packed, span.count, gate);
+                    block_product(up, (e * 2 + 1) * inner_blocks + b, packed, span.count, value);
+                    for (int t = 0; t < span.count; t++) {
+                        const F v = mul(silu(load(gate + t * LANES)), load(value + t * LANES));
+                        store(h + (span.first + t) * padded + b * LANES, v);
+                    }
+                }
+        }
+#pragma omp for
+        for (int64_t i = 0; i < pairs; i++) quantise_row(down, h, FLOAT32, i * padded, inner_rows + i * inner_row);
+#pragma omp for
+        for (int64_t s = 0; s < all_spans; s++) {
+            const Span span = p.spans[s];
+            for (int t = 0; t < span.count; t++) from[t] = inner_rows + (span.first + t) * inner_row;
+            pack_tile(down, from, span.count, inner_tiles + span.first * inner_row);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t b = 0; b < hidden_blocks; b++) {
+            const int64_t o = b * LANES, outputs = least(LANES, hidden - o);
+            for (int64_t i = 0; i < n; i++)
+                for (int64_t j = 0; j < outputs; j++) y[i * hidden + o + j] = 0;
+            for (int64_t u = 0; u < p.count; u++) {
+                const int64_t e = p.used[u];
+                for (int64_t s = p.spans_from[e]; s < p.spans_from[e + 1]; s++) {
+                    const Span span = p.spans[s];
+                    block_product(down, e * hidden_blocks + b, inner_tiles + span.first * inner_row, span.count, value);
+                    for (int t = 0; t < span.count; t++) {
+                        const int64_t pair = p.pairs[span.first + t];
+                        float* to = y + pair / k * hidden + o;
+                        for (int64_t j = 0; j < outputs; j++) to[j] += weights[pair] * value[t * LANES + j];
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
