@@ -42,7 +42,7 @@ def row(r: dict[str, Any]) -> str:
     """One line of a table; a goal that is not reached says so."""
     peer = f"{r['peer_name']} {figure(r['peer'])}".strip() if r["peer"] is not None else r["peer_name"] or "–"
     ratio = "–" if r["ratio"] is None else f"{r['ratio']:.2f}x"
-    goal = "–" if r["goal"] is None else f"{r['goal']:g}x"
+    goal = "–" if r["goal"] is None else f"{r['goal']:.3g}x"
     verdict = (
         ""
         if r["goal"] is None or r["ratio"] is None
