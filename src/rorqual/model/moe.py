@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.kernels.experts import experts, fits
 from rorqual.kernels.grouped import grouped_linear
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import SwiGLU, apply_keeping_float32
@@ -111,6 +112,8 @@ class Experts(nn.Module):
         Rows are sorted by expert and each token sums its K results in its own order, so neighbours change
         nothing.
         """
+        if torch.is_grad_enabled() and fits(x, self.gate_up_proj):
+            return experts(x, self.gate_up_proj, self.down_proj, ids, weights, load)
         n, k = ids.shape
         order = ids.flatten().argsort(stable=True)
         ends = load.cumsum(0, dtype=torch.int32)

@@ -19,6 +19,7 @@ from rorqual.model.cost import Cost, cost
 from rorqual.model.transformer import Transformer
 from rorqual.text.tokenizer import Tokenizer
 from rorqual.train import checkpoint
+from rorqual.train.allocator import keep_freed_memory
 from rorqual.train.bill import bill_lines
 from rorqual.train.config import TrainConfig
 from rorqual.train.extend import extended
@@ -71,6 +72,7 @@ def conduct(
     """Train in the run folder, with its lock, its checkpoints and its report. `adapt` makes what is trained of the
     model that is begun with, `export` what is saved of what is trained."""
     check_memory(config, shape)
+    keep_freed_memory()
     with Lock(config.out):
         there = checkpoint.steps(config.out)
         if there and not resume:

@@ -100,7 +100,9 @@ class Trainer:
         weights, saved = checkpoint.restore(folder, self.model.config)
         tensors = dict(saved.tensors)
         adapters = {n: tensors.pop(f"adapter.{n}") for n, _ in self._adapters()}
-        if adapters:  # the saved weights have them merged: only the buffers (selection biases) are the run's own
+        if (
+            adapters
+        ):  # the saved weights have them merged: only the buffers (selection biases) are the run's own
             buffers = dict(self.model.named_buffers())
             weights = adapters | {n: t for n, t in weights.items() if n in buffers}
         self.model.load_state_dict(weights, strict=not adapters)
