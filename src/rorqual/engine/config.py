@@ -23,6 +23,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # tokens of one step: a long prompt is computed in chunks of this size
     max_waiting: int = 1024  # requests queued beyond those running
     prefix_cache: bool = True
+    speculate: int = 0  # tokens guessed by n-gram look-up in each step of a request; 0: none
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
@@ -33,6 +34,8 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least max_num_seqs="
                 f"{self.max_num_seqs}, so that every running request advances in each step"
             )
+        if self.speculate < 0:
+            raise ConfigError(f"speculate={self.speculate}: must be 0 (off) or more")
         for name in ("max_model_len", "cache_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -143,14 +143,16 @@ class Engine:
         h = self.runner.run(works)
         ends = torch.tensor([w.count for w in works]).cumsum(0).tolist()
         ready = [(w, end) for w, end in zip(works, ends, strict=True) if w.last]
-        logits = self.runner.logits(h[[end - 1 for _, end in ready]]) if ready else None
+        rows = [row for w, end in ready for row in range(end - 1 - w.guesses, end)]
+        logits = self.runner.logits(h[rows]) if ready else None
         for work, end in zip(works, ends, strict=True):
             if work.sequence.request.params.prompt_logprobs is not None:
                 self._score_prompt(work, h[end - work.count : end])
-            self.scheduler.computed(work)
-        for row, (work, _) in enumerate(ready):
-            assert logits is not None
-            deltas.append(self._advance(work.sequence, logits[row]))
+            if not work.last:
+                self.scheduler.computed(work)
+        counts = [w.guesses + 1 for w, _ in ready]  # before any draw adds to a sequence
+        for (work, _), part in zip(ready, logits.split(counts) if logits is not None else (), strict=True):
+            deltas.append(self._draw(work, part))
         return deltas
 
     def stats(self) -> EngineStats:
@@ -196,6 +198,18 @@ class Engine:
         assert held >= self.pool.used
         if not self._sequences:
             assert self.pool.used == 0
+
+    def _draw(self, work: Work, logits: Tensor) -> Delta:
+        """Draw the next token, and further ones as long as the guesses [G] before them were right; logits [G + 1, V]."""
+        sequence, guesses = work.sequence, work.sequence.draft[: work.guesses]
+        delta = self._advance(sequence, logits[0])
+        right = 0
+        while right < len(guesses) and not delta.finish_reason and delta.token_ids[-1] == guesses[right]:
+            right += 1
+            delta.extend(self._advance(sequence, logits[right]))
+        if not delta.finish_reason:
+            self.scheduler.computed(work, wrong=len(guesses) - right)
+        return delta
 
     def _advance(self, sequence: Sequence, logits: Tensor) -> Delta:
         """Draw one token and say what is new."""

@@ -108,6 +108,13 @@ class Delta:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens computed by earlier requests
 
+    def extend(self, later: Delta) -> None:
+        """Add what came after, in the same step."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        self.logprobs += later.logprobs
+        self.finish_reason, self.stop_text, self.error = later.finish_reason, later.stop_text, later.error
+
 
 @dataclass(frozen=True)
 class EngineStats:

@@ -29,7 +29,7 @@ class Runner:
         positions: list[int] = []
         spans: list[Span] = []
         for work in works:
-            tokens, end = work.sequence.tokens, work.start + work.count
+            tokens, end = work.sequence.tokens + work.sequence.draft, work.start + work.count
             spans.append(Span(len(ids), work.start, work.count, self._slots(work.sequence.blocks, end)))
             ids += tokens[work.start : end]
             before += (

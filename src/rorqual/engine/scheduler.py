@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from rorqual.engine.blocks import BlockPool, block_hash
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.sequence import Sequence
+from rorqual.engine.speculative import propose
 
 
 @dataclass(frozen=True)
 class Work:
-    """`count` tokens of a sequence from `start`, to be computed in this step."""
+    """`count` tokens of a sequence from `start`, to be computed in this step; guesses are among them."""
 
     sequence: Sequence
     start: int
@@ -26,7 +27,12 @@ class Work:
     @property
     def last(self) -> bool:
         """Whether the sequence's newest token is among them, so that the next one can be drawn."""
-        return self.start + self.count == len(self.sequence.tokens)
+        return self.start + self.count >= len(self.sequence.tokens)
+
+    @property
+    def guesses(self) -> int:
+        """How many of the tokens are guesses."""
+        return max(0, self.start + self.count - len(self.sequence.tokens))
 
 
 class Scheduler:
@@ -58,6 +64,8 @@ class Scheduler:
             if sequence not in self.running or budget == 0:
                 continue  # pre-empted by one before it
             count = min(len(sequence.tokens) - sequence.computed, budget)
+            if count == len(sequence.tokens) - sequence.computed == 1 and not self.waiting:
+                count += self._guess(sequence, budget - 1 - self._left(sequence, work))
             if self._reserve(sequence, count, work):
                 work.append(Work(sequence, sequence.computed, count))
                 budget -= count
@@ -74,10 +82,22 @@ class Scheduler:
             budget -= count
         return work
 
-    def computed(self, work: Work) -> None:
-        """Note that a piece of work is in the cache; full blocks become findable."""
+    def _left(self, sequence: Sequence, work: list[Work]) -> int:
+        """Running sequences that have no work yet: each is sure of a token before anyone guesses."""
+        return len(self.running) - len(work) - 1
+
+    def _guess(self, sequence: Sequence, budget: int) -> int:
+        """Set a decoding sequence's guesses and return their number."""
+        room = sequence.max_tokens - sequence.generated - 1
+        most = min(self.config.speculate, budget, room)
+        sequence.draft = propose(sequence.tokens, most) if most > 0 else []
+        return len(sequence.draft)
+
+    def computed(self, work: Work, wrong: int = 0) -> None:
+        """Note that a piece of work is in the cache, but for its last `wrong` guesses; full blocks become findable."""
         sequence, size = work.sequence, self.config.block_size
-        sequence.computed = work.start + work.count
+        sequence.computed = work.start + work.count - wrong
+        sequence.draft = []
         if not self.config.prefix_cache:
             return
         full = sequence.computed // size
@@ -109,6 +129,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)
+        victim.draft = []
         self._release(victim)
         victim.preemptions += 1
         self.preemptions += 1
