@@ -120,6 +120,13 @@ inline void put(const float* block, float* to, int64_t outputs) {
         for (int64_t j = 0; j < outputs; j++) to[j] = block[j];
 }
 
+inline void add_to(float* to, float by, const float* block, int64_t outputs) {
+    if (outputs >= LANES)
+        store(to, fma(set1(by), load(block), load(to)));
+    else
+        for (int64_t j = 0; j < outputs; j++) to[j] += by * block[j];
+}
+
 // y[i, m, :] = W[m] x[i, m, :], or x[i, :] for one matrix. x_stride: values from one row i to the next; within it the
 // inputs of matrix m follow those of m - 1.
 void linear(const Weights& w, const void* x, int64_t x_type, int64_t x_stride, int64_t n, int64_t matrices, float* y,
@@ -211,6 +218,7 @@ void experts(const Weights& up, const Weights& down, const void* x, int64_t x_ty
     // Neighbouring blocks of one expert lie behind each other in memory: hand them out in runs.
     const int64_t run = most(1, least(8, inner_blocks * p.count / (8 * threads)));
     const int64_t runs = (inner_blocks + run - 1) / run;
+    const int64_t down_run = most(1, least(4, hidden_blocks / (8 * threads)));
     if (pairs * hidden * inner * 3 < SMALL) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -248,21 +256,21 @@ void experts(const Weights& up, const Weights& down, const void* x, int64_t x_ty
             pack_tile(down, from, span.count, inner_tiles + span.first * inner_row);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = 0; b < hidden_blocks; b++) {
-            const int64_t o = b * LANES, outputs = least(LANES, hidden - o);
-            for (int64_t i = 0; i < n; i++)
-                for (int64_t j = 0; j < outputs; j++) y[i * hidden + o + j] = 0;
+        for (int64_t first = 0; first < hidden_blocks; first += down_run) {
+            const int64_t begin = first * LANES, end = least(hidden, begin + down_run * LANES);
+            for (int64_t i = 0; i < n; i++) std::memset(y + i * hidden + begin, 0, (end - begin) * sizeof(float));
             for (int64_t u = 0; u < p.count; u++) {
                 const int64_t e = p.used[u];
-                for (int64_t s = p.spans_from[e]; s < p.spans_from[e + 1]; s++) {
-                    const Span span = p.spans[s];
-                    block_product(down, e * hidden_blocks + b, inner_tiles + span.first * inner_row, span.count, value);
-                    for (int t = 0; t < span.count; t++) {
-                        const int64_t pair = p.pairs[span.first + t];
-                        float* to = y + pair / k * hidden + o;
-                        for (int64_t j = 0; j < outputs; j++) to[j] += weights[pair] * value[t * LANES + j];
+                for (int64_t s = p.spans_from[e]; s < p.spans_from[e + 1]; s++)
+                    for (int64_t b = first; b < least(hidden_blocks, first + down_run); b++) {
+                        const Span span = p.spans[s];
+                        const uint8_t* packed = inner_tiles + span.first * inner_row;
+                        block_product(down, e * hidden_blocks + b, packed, span.count, value);
+                        for (int t = 0; t < span.count; t++) {
+                            const int64_t pair = p.pairs[span.first + t], o = b * LANES;
+                            add_to(y + pair / k * hidden + o, weights[pair], value + t * LANES, hidden - o);
+                        }
                     }
-                }
             }
         }
     }
