@@ -17,7 +17,9 @@ def test_norm_and_gradients_equal_the_definition(dtype: torch.dtype, shape: tupl
         out = op(*leaves, 1e-6)
         grads = torch.autograd.grad((out.float() * torch.arange(shape[-1])).sum(), leaves)
         found.append((out, *grads))
-    tolerance = 1e-5 if dtype == torch.float32 else 0.06  # the weight's gradient is a sum of rows rounded to 8 bits
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 0.06
+    )  # the weight's gradient is a sum of rows rounded to 8 bits
     for got, want in zip(*found, strict=True):
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
