@@ -190,7 +190,8 @@ def small_rows(limits: Limits) -> list[Row]:
     keys = torch.randn(HEADS, 128, RANK).bfloat16()
     half = q.bfloat16()
     return [
-        smaller("a call", best(lambda: quantised_linear(x, m)) * 1e6, best(lambda: F.linear(x, x)) * 1e6, "torch linear", unit="us"),
+        smaller("a call", best(lambda: quantised_linear(x, m)) * 1e6, best(lambda: F.linear(x, x)) * 1e6,
+                "torch linear", unit="us"),
         smaller("absorbing a query, int8", best(lambda: quantised_heads(q, h)) * 1e6,
                 best(lambda: torch.einsum("bhn,hnc->bhc", half, keys)) * 1e6, "torch einsum in bfloat16", unit="us"),
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rorqual.engine.cache import PagedCache
 from rorqual.kernels.attention import attention
+from rorqual.kernels.gqa_attention import gqa_attention
 from rorqual.kernels.mla_attention import mla_attention
 from rorqual.kernels.native import native
 from rorqual.kernels.paged import PagedRows
@@ -45,7 +46,8 @@ class Paged:
         decodes = [s for s in spans if s.count == 1 and s.start > 0]
         self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long)
         self._native: PagedRows | None = None
-        if decodes and cache.latent and native() is not None:
+        self._fast = native() is not None and (cache.latent or cache.keys)[0].device.type == "cpu"
+        if decodes and self._fast:
             lengths = torch.tensor([len(s.slots) for s in decodes], dtype=torch.int32)
             table = torch.nn.utils.rnn.pad_sequence([s.slots for s in decodes], batch_first=True)
             self._native = PagedRows(table.int(), torch.arange(len(decodes), dtype=torch.int32), lengths, 1)
@@ -80,7 +82,9 @@ class Paged:
         keys[self._new_slots] = k.to(keys.dtype)
         values[self._new_slots] = v.to(values.dtype)
         out = torch.empty_like(q)
-        if len(self._rows):
+        if self._native is not None:
+            out[self._rows] = gqa_attention(q[self._rows], keys, values, self._native, attn.scale).to(q.dtype)
+        elif len(self._rows):
             mask = None if self._even else self._mask
             k_all, v_all = (x[self._gather].to(q.dtype).transpose(1, 2) for x in (keys, values))
             out[self._rows] = attention(q[self._rows].unsqueeze(2), k_all, v_all, attn.scale, mask).squeeze(2)
@@ -106,7 +110,13 @@ class Paged:
         rows = rows.to(q_nope.dtype)
         c_kv, k_rope = rows.split([attn.kv_lora_rank, attn.qk_rope_head_dim], -1)
         if absorbed_is_cheaper(span.count, len(span.slots), attn):
-            q = torch.cat((attn.absorb_query(q_nope), q_rope), -1).transpose(0, 1)[None]  # [1, H, T, C + R]
+            q = torch.cat((attn.absorb_query(q_nope), q_rope), -1)  # [T, H, C + R]
+            if self._fast:
+                seen = _tail_rows(span)
+                return attn.expand_output(
+                    mla_attention(q, rows, seen, attn.kv_lora_rank, attn.scale).to(q.dtype)
+                )
+            q = q.transpose(0, 1)[None]
             out = _causal_tail(q, rows[None, None], c_kv[None, None], attn.scale, span)
             return attn.expand_output(out[0].transpose(0, 1))
         k_nope, v = attn.expand(c_kv)
@@ -126,6 +136,14 @@ def absorbed_is_cheaper(new: int, total: int, attn: MLA) -> bool:
     absorbed = new * total * (2 * c + r) + new * c * (n + v)
     expanded = new * total * (n + r + v) + total * c * (n + v)
     return absorbed < expanded
+
+
+def _tail_rows(span: Span) -> PagedRows:
+    """The new tokens of one sequence over its gathered rows, each seeing up to itself."""
+    total = span.start + span.count
+    lengths = torch.arange(span.start + 1, total + 1, dtype=torch.int32)
+    request = torch.zeros(span.count, dtype=torch.int32)
+    return PagedRows(torch.arange(total, dtype=torch.int32)[None], request, lengths, 1)
 
 
 def _causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, span: Span) -> Tensor:
