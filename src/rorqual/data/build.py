@@ -10,70 +10,31 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from rorqual.config import to_dict
-from rorqual.data.boilerplate import LineCounter, cut_boilerplate, line_hashes
+from rorqual.data.boilerplate import LineCounter
 from rorqual.data.bpe import train_bpe, write_tokenizer
-from rorqual.data.config import BuildConfig, Stages
-from rorqual.data.dedup import Deduplicator, Fingerprint, fingerprint
+from rorqual.data.config import BuildConfig
+from rorqual.data.dedup import Deduplicator
 from rorqual.data.document import Document
-from rorqual.data.normalise import normalise
-from rorqual.data.overlap import SHARE, NgramSet
-from rorqual.data.quality import quality
+from rorqual.data.finish import batches, finish_batch, forget
+from rorqual.data.judge import judge_unit
 from rorqual.data.report import write_report
 from rorqual.data.shards import ShardWriter, describe, id_dtype
-from rorqual.data.sources import Skipped, Unit, find_files, read_unit, units
-from rorqual.data.spam import spam
+from rorqual.data.sources import Skipped, find_files, read_unit, units
+from rorqual.data.spool import Spool
+from rorqual.data.tally import Tally
+from rorqual.data.workers import Run, pool
 from rorqual.errors import DataError
 from rorqual.text.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass
-class Judged:
-    """A document after pass one: its text with its fingerprints, or why it was dropped."""
-
-    doc: Document
-    raw_bytes: int
-    dropped: str | None = None
-    print: Fingerprint | None = None
-    lines: NDArray[np.uint32] | None = None
-
-
-@dataclass
-class Tally:
-    """What each stage removed and why, with a few examples."""
-
-    documents: int = 0
-    raw_bytes: int = 0
-    kept: int = 0
-    kept_bytes: int = 0
-    removed: dict[str, dict[str, int]] = field(default_factory=dict)  # stage → reason → documents
-    examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)  # reason → origin and beginning
-    boilerplate_lines: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def drop(self, stage: str, reason: str, doc: Document) -> None:
-        reasons = self.removed.setdefault(stage, {})
-        reasons[reason] = reasons.get(reason, 0) + 1
-        shown = self.examples.setdefault(reason, [])
-        if len(shown) < 3:
-            shown.append({"origin": _short(doc.origin), "text": doc.text[:300]})
 
 
 def build(config: BuildConfig, say: Say = lambda _: None) -> dict[str, Any]:
@@ -115,7 +76,7 @@ def _build_in(
     say(f"reading {len(files):,} files")
     spool = Spool(work / "spool")
     counter = LineCounter()
-    with contextlib.closing(spool), _pool(config.workers) as run:
+    with contextlib.closing(spool), pool(config.workers) as run:
         begin = time.perf_counter()
         _first_pass(config, files, limit, run, spool, counter, tally, skipped, say)
         tally.seconds["read, judge, deduplicate"] = time.perf_counter() - begin
@@ -154,33 +115,6 @@ def _build_in(
                 os.fsync(file.fileno())
     (work / "meta.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return meta
-
-
-# Pass one ---------------------------------------------------------------------------------------------------------
-
-
-def judge_unit(task: tuple[Unit, Stages, str]) -> tuple[list[Judged], Skipped]:
-    """In a worker: the documents of a unit, judged and fingerprinted."""
-    unit, stages, text_key = task
-    skipped = Skipped()
-    return [judge(doc, stages) for doc in read_unit(unit, skipped, text_key)], skipped
-
-
-def judge(doc: Document, stages: Stages) -> Judged:
-    """Run the stages that look at one document alone."""
-    out = Judged(doc, len(doc.text.encode()))
-    for name, stage in (("normalise", normalise), ("quality", quality), ("spam", spam)):
-        if getattr(stages, name):
-            reason = stage(doc)
-            if reason is not None:
-                out.dropped = f"{name}|{reason}"
-                doc.text = doc.text[:300]
-                return out
-    if stages.dedup:
-        out.print = fingerprint(doc.text)
-    if stages.boilerplate:
-        out.lines = line_hashes(doc)
-    return out
 
 
 def _first_pass(
@@ -245,9 +179,6 @@ def _check_malformed(config: BuildConfig, tally: Tally, skipped: Skipped) -> Non
         )
 
 
-# Between the passes -------------------------------------------------------------------------------------------------
-
-
 def _tokenizer_json(
     config: BuildConfig, given: Tokenizer | None, spool: Spool, work: Path, tally: Tally, say: Say
 ) -> str:
@@ -279,75 +210,6 @@ def _evaluation_texts(config: BuildConfig) -> list[str]:
     return [d.text for u in units(files, None) for d in read_unit(u, skipped, config.text_key)]
 
 
-# Pass two -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Finisher:
-    """What a worker needs for pass two; made once in each process."""
-
-    tokenizer: Tokenizer
-    counts: NDArray[np.uint8]
-    heldout: NgramSet
-    evaluation: NgramSet
-    stages: Stages
-
-    def finish(
-        self, trees: Sequence[dict[str, str]], split: str
-    ) -> tuple[list[Any], list[tuple[str, Document]], int]:
-        """(ids and text bytes of each kept document), (dropped with reason), lines cut."""
-        kept, dropped, cut = [], [], 0
-        for tree in trees:
-            doc = Document(**tree)  # type: ignore[arg-type]
-            if self.stages.boilerplate:
-                cut += cut_boilerplate(doc, self.counts)
-            reason = self._overlap(doc, split) if doc.text.strip() else "empty after boilerplate"
-            if reason is not None:
-                doc.text = doc.text[:300]
-                dropped.append((reason, doc))
-            else:
-                kept.append(doc.text)
-        ids = self.tokenizer.encode_batch(kept)
-        bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        eos = list(self.tokenizer.eos_ids[:1])
-        dtype = id_dtype(self.tokenizer.vocab_size)
-        out = [
-            (np.array([*bos, *i, *eos], dtype=dtype), len(t.encode())) for i, t in zip(ids, kept, strict=True)
-        ]
-        return out, dropped, cut
-
-    def _overlap(self, doc: Document, split: str) -> str | None:
-        if not self.stages.overlap:
-            return None
-        if len(self.evaluation) and self.evaluation.share(doc.text) > 0:
-            return "shares a 13-gram with the evaluation set"
-        if split == "train" and self.heldout.share(doc.text) > SHARE:
-            return f"over {SHARE:.0%} of its 13-grams are in the held-out set"
-        return None
-
-
-_finisher: Finisher | None = None  # of this worker process
-
-
-def _prepare(
-    tokenizer_dir: str, counts: str, heldout: list[str], evaluation: list[str], stages: Stages
-) -> None:
-    global _finisher
-    table = np.memmap(counts, dtype=np.uint8, mode="r")
-    _finisher = Finisher(
-        Tokenizer.load(tokenizer_dir), table, NgramSet(heldout), NgramSet(evaluation), stages
-    )
-
-
-def finish_batch(task: tuple[list[dict[str, str]], str, tuple[Any, ...]]) -> tuple[list[Any], list[Any], int]:
-    """In a worker: tokenise a batch of documents of one split."""
-    trees, split, setup = task
-    if _finisher is None:
-        _prepare(*setup)
-    assert _finisher is not None
-    return _finisher.finish(trees, split)
-
-
 def _second_pass(
     config: BuildConfig,
     run: Run,
@@ -360,15 +222,14 @@ def _second_pass(
     tally: Tally,
     say: Say,
 ) -> dict[str, Any]:
-    global _finisher
-    _finisher = None  # a worker of this same process (workers=1) may hold an earlier build's
+    forget()  # a worker of this same process (workers=1) may hold an earlier build's
     setup = (str(work), str(counts), heldout, list(evaluation), config.stages)
     vocab = Tokenizer.from_json(tokenizer_json).vocab_size
     splits: dict[str, Any] = {}
     for split in ("train", "heldout"):
         say(f"tokenising {spool.documents[split]:,} documents ({split})")
         writer = ShardWriter(work / split, vocab)
-        for kept, dropped, cut in run(finish_batch, ((b, split, setup) for b in _batches(spool.read(split)))):
+        for kept, dropped, cut in run(finish_batch, ((b, split, setup) for b in batches(spool.read(split)))):
             for ids, size in kept:
                 writer.add(ids, size)
                 tally.kept_bytes += size
@@ -377,87 +238,8 @@ def _second_pass(
                 tally.drop("boilerplate" if reason.startswith("empty") else "overlap", reason, doc)
             tally.boilerplate_lines += cut
         splits[split] = describe(writer.close())
-    _finisher = None
+    forget()
     return splits
-
-
-def _batches(trees: Iterable[dict[str, str]], size: int = 1_000_000) -> Iterator[list[dict[str, str]]]:
-    batch: list[dict[str, str]] = []
-    total = 0
-    for tree in trees:
-        batch.append(tree)
-        total += len(tree["text"])
-        if total >= size:
-            yield batch
-            batch, total = [], 0
-    if batch:
-        yield batch
-
-
-# Plumbing -----------------------------------------------------------------------------------------------------------
-
-
-class Spool:
-    """Documents between the passes, compressed, one file a split."""
-
-    def __init__(self, folder: Path) -> None:
-        import zstandard
-
-        self.folder = folder
-        folder.mkdir()
-        self.documents = {"train": 0, "heldout": 0}
-        self.bytes = {"train": 0, "heldout": 0}
-        self._files = {s: zstandard.open(folder / f"{s}.zst", "wb") for s in self.documents}
-
-    def write(self, split: str, doc: Document) -> None:
-        line = (
-            json.dumps({"text": doc.text, "origin": doc.origin, "kind": doc.kind}, ensure_ascii=False) + "\n"
-        )
-        self._files[split].write(line.encode())
-        self.documents[split] += 1
-        self.bytes[split] += len(line)
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def read(self, split: str) -> Iterator[dict[str, str]]:
-        import zstandard
-
-        with zstandard.open(self.folder / f"{split}.zst", "rt", encoding="utf-8", newline="\n") as lines:
-            for line in lines:
-                yield json.loads(line)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
-
-
-Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[Run]:
-    """A function that maps in order over processes with few tasks under way; in this process where one suffices."""
-    count = workers or len(os.sched_getaffinity(0))
-    if count == 1:
-        yield lambda function, tasks: map(function, tasks)
-        return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    context = multiprocessing.get_context("spawn")  # a forked child would inherit locks of other threads
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
-        yield lambda function, tasks: _ordered(pool, function, tasks, ahead=2 * count)
-
-
-def _ordered(
-    pool: ProcessPoolExecutor, function: Callable[[T], R], tasks: Iterable[T], ahead: int
-) -> Iterator[R]:
-    waiting: list[Future[R]] = []
-    for task in tasks:
-        waiting.append(pool.submit(function, task))
-        if len(waiting) >= ahead:
-            yield waiting.pop(0).result()
-    for future in waiting:
-        yield future.result()
 
 
 def _reasons(tally: Tally, skipped: Skipped) -> str:
@@ -466,8 +248,3 @@ def _reasons(tally: Tally, skipped: Skipped) -> str:
         ", ".join(f"{r} ({n})" for r, n in sorted(found.items(), key=lambda item: -item[1])[:5])
         or "none were read"
     )
-
-
-def _short(origin: str) -> str:
-    """The end of a path: enough to recognise it, without the folders of the machine."""
-    return "/".join(Path(origin).parts[-3:])
