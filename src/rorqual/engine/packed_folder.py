@@ -113,7 +113,10 @@ def read_formats(model: Transformer, folder: Path) -> dict[str, Format]:
             f"{folder.resolve()}: quantization_config version={scheme.get('version')!r}: only {VERSION} is read; "
             "quantize the model again"
         )
-    ours = {_published(model.config, name): name for name, _ in model.named_modules() if name}
+    own = [
+        name for name, m in model.named_modules() if name and any(True for _ in m.parameters(recurse=False))
+    ]
+    ours = {_published(model.config, name): name for name in own}
     found = {}
     for name, text in scheme["formats"].items():
         kind, _, group = str(text).partition("/")
