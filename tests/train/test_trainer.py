@@ -217,7 +217,7 @@ def test_a_signal_saves_and_leaves_after_the_step(
     code: int,
 ) -> None:
     train(make_config(out=tmp_path / "a"), show=silent)
-    honest = Trainer._one_step
+    honest = Trainer.one_step
 
     def interrupted(self: Trainer) -> Any:
         if self.step == 4:
@@ -225,7 +225,7 @@ def test_a_signal_saves_and_leaves_after_the_step(
         return honest(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", interrupted)
+        patch.setattr(Trainer, "one_step", interrupted)
         result = train(make_config(out=tmp_path / "b"), show=silent)
     assert (result.step, exit_code(result.stopped)) == (5, code)
     assert exit_code(train(make_config(out=tmp_path / "b"), resume=True, show=silent).stopped) == 0

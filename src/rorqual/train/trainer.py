@@ -137,7 +137,7 @@ class Trainer:
         with Stop() as stop, Log(self.config.out, self.step) as log:
             while self.step < end and stop.signal is None:
                 self.speed.begin()
-                update = self._one_step()
+                update = self.one_step()
                 self.speed.end()
                 bad = 0 if update.finite else bad + 1
                 if bad == MAX_BAD_STEPS:
@@ -155,7 +155,8 @@ class Trainer:
                     self._save_or_say(view)
         return Result(self.step, self.save(), stop.signal)
 
-    def _one_step(self) -> Update:
+    def one_step(self) -> Update:
+        """Draw the step's rows, take their gradients and update, or skip what is not finite."""
         c = self.config
         rows = [next(self.source) for _ in range(c.accumulate)]
         update = self.gradients([Lesson.of(r, c.document_masks) for r in rows])
