@@ -22,17 +22,16 @@ class Curve:
     dots: bool = False
 
 
-def chart(title: str, curves: Sequence[Curve], log: bool = False) -> str:
+def chart(title: str, curves: Sequence[Curve]) -> str:
     """A figure with its axes, curves and, where there are several, their names; empty without a finite point.
 
-    `log` draws the heights on a logarithmic scale. The highest 0.5% of points are cut off: the first steps' spikes
-    would flatten the rest.
+    The highest 0.5% of points are cut off: the first steps' spikes would flatten the rest.
     """
-    curves = [Curve(c.name, _thin(_finite(c.points, log)), c.dots) for c in curves]
+    curves = [Curve(c.name, _thin([p for p in c.points if math.isfinite(p[1])]), c.dots) for c in curves]
     curves = [c for c in curves if c.points]
     if not curves:
         return ""
-    scale = _Scale([p for c in curves for p in c.points], log)
+    scale = _Scale([p for c in curves for p in c.points])
     body = [*scale.grid()]
     for i, curve in enumerate(curves):
         places = [scale.place(p) for p in curve.points]
@@ -44,7 +43,7 @@ def chart(title: str, curves: Sequence[Curve], log: bool = False) -> str:
                 for (x, y), p in zip(places, curve.points, strict=True)
             ]
     names = "".join(f"<span class='key c{i % 6}'>{escape(c.name)}</span>" for i, c in enumerate(curves))
-    last = f"<b>{curves[0].points[-1][1]:.4g}</b>" if len(curves) == 1 else names
+    last = f"<b>{figure(curves[0].points[-1][1])}</b>" if len(curves) == 1 else names
     return (
         f"<figure><figcaption>{escape(title)} {last}</figcaption>"
         f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escape(title)}'>{''.join(body)}</svg></figure>"
@@ -54,9 +53,8 @@ def chart(title: str, curves: Sequence[Curve], log: bool = False) -> str:
 class _Scale:
     """From values to places in the picture."""
 
-    def __init__(self, points: Points, log: bool) -> None:
-        self.log = log
-        xs, ys = [p[0] for p in points], sorted(self._y(p[1]) for p in points)
+    def __init__(self, points: Points) -> None:
+        xs, ys = [p[0] for p in points], sorted(p[1] for p in points)
         self.x0, self.x1 = min(xs), max(xs)
         self.y0, self.y1 = ys[0], ys[min(len(ys) - 1, int(len(ys) * 0.995))]
         margin = (self.y1 - self.y0) * 0.05 or 0.5 * abs(self.y0) or 0.5
@@ -64,24 +62,20 @@ class _Scale:
 
     def place(self, p: tuple[float, float]) -> tuple[float, float]:
         across = (p[0] - self.x0) / ((self.x1 - self.x0) or 1)
-        up = (min(max(self._y(p[1]), self.y0), self.y1) - self.y0) / (self.y1 - self.y0)
+        up = (min(max(p[1], self.y0), self.y1) - self.y0) / (self.y1 - self.y0)
         return LEFT + (WIDTH - LEFT - RIGHT) * across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
 
     def grid(self) -> list[str]:
         """Lines and labels at round values."""
         out = []
         for value in round_values(self.y0, self.y1, 5):
-            shown = 10**value if self.log else value
-            y = self.place((self.x0, shown))[1]
+            y = self.place((self.x0, value))[1]
             out.append(f"<line class=grid x1={LEFT} x2={WIDTH - RIGHT} y1={y:.1f} y2={y:.1f} />")
-            out.append(f"<text x={LEFT - 6} y={y + 4:.1f} text-anchor=end>{shown:.3g}</text>")
+            out.append(f"<text x={LEFT - 6} y={y + 4:.1f} text-anchor=end>{figure(value)}</text>")
         for value in round_values(self.x0, self.x1, 6):
             x = self.place((value, 1.0))[0]
             out.append(f"<text x={x:.1f} y={HEIGHT - 8} text-anchor=middle>{value:,.0f}</text>")
         return out
-
-    def _y(self, value: float) -> float:
-        return math.log10(value) if self.log else value
 
 
 def round_values(low: float, high: float, about: int) -> list[float]:
@@ -95,8 +89,9 @@ def round_values(low: float, high: float, about: int) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step) + 1)]
 
 
-def _finite(points: Points, log: bool) -> Points:
-    return [p for p in points if math.isfinite(p[1]) and (p[1] > 0 or not log)]
+def figure(value: float) -> str:
+    """Four digits at most, thousands grouped."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _thin(points: Points) -> Points:

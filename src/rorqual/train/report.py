@@ -52,7 +52,7 @@ td:first-child { color: var(--soft); width: 22rem; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: .9rem; }
 .sample { margin: 0; padding: .6rem .9rem; font-size: 12px; line-height: 1.45; overflow: auto; white-space: pre; }
 .sample i { float: right; font-style: normal; color: var(--c2); } .sample i.no { color: var(--c4); }
-details { padding: .6rem .9rem; margin-bottom: .7rem; } summary { cursor: pointer; }
+details { padding: .6rem .9rem; margin-top: .7rem; } summary { cursor: pointer; }
 details pre { overflow: auto; font-size: 12px; }
 """
 
@@ -123,10 +123,10 @@ def _charts(lines: Lines) -> list[str]:
             [Curve("training", of("loss")), Curve("held-out", of("heldout_loss"), dots=True)],
         ),
         chart("Held-out bits per byte", [Curve("held-out", of("heldout_bpb"), dots=True)]),
-        chart("Expert load: the busiest over the mean, minus 1; by MoE layer", spreads),
-        chart("Balance loss (1 a layer is even)", [Curve("balance", of("balance_loss"))]),
+        chart("Busiest expert over the mean, minus 1; MoE layer", spreads),
+        chart("Balance loss without its coefficient, all layers", [Curve("balance", of("balance_loss"))]),
         chart("Loss of multi-token prediction", [Curve("mtp", of("mtp_loss"))]),
-        chart("Gradient norm before clipping", [Curve("norm", of("grad_norm"))], log=True),
+        chart("Gradient norm before clipping", [Curve("norm", of("grad_norm"))]),
         chart("Share of the full rate", [Curve("rate", of("rate"))]),
         chart("Tokens a second", [Curve("tokens/s", of("tokens_per_second"))]),
     ]
