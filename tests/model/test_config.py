@@ -66,6 +66,17 @@ def test_harmless_keys_are_read_over() -> None:
     assert ModelConfig.from_hf(tree) == published("deepseek-v3")
 
 
+def test_keys_of_released_files_are_read_over() -> None:
+    """SmolLM2's and DeepSeek-R1-Distill-Qwen's config.json; at another value the second kind changes the maths."""
+    tree = changed(
+        "smollm2-135m", is_llama_config=True, rope_interleaved=False, **{"transformers.js_config": {}}
+    )
+    assert ModelConfig.from_hf(tree) == published("smollm2-135m")
+    assert ModelConfig.from_hf(changed("smollm2-135m", use_mrope=False)) == published("smollm2-135m")
+    with pytest.raises(ConfigError, match="rope_interleaved=True"):
+        ModelConfig.from_hf(changed("smollm2-135m", rope_interleaved=True))
+
+
 def test_v2_normalises_or_scales_and_v3_does_both() -> None:
     """sgl-project/sglang-jax#1282: an explicit choice of the config."""
     assert not published("deepseek-v2").scale_after_norm

@@ -29,7 +29,8 @@ _HARMLESS = frozenset({
     "is_encoder_decoder", "is_decoder", "add_cross_attention", "chunk_size_feed_forward", "id2label",
     "label2id", "problem_type", "qk_head_dim", "task_specific_params", "num_local_experts",
     "max_window_layers", "sliding_window", "cross_attention_hidden_size", "rope_theta", "rope_scaling",
-    "rope_parameters", "tokenizer_class", "num_mtp_layers", "default_theta",
+    "rope_parameters", "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "_attn_implementation_autoset", "attn_implementation", "_commit_hash", "tokenizer_class", "num_mtp_layers", "default_theta",
     "ignore_keys_at_rope_validation",
 })
 # fmt: on
@@ -106,6 +107,8 @@ def _neutral(architecture: str, key: str, value: Any, tree: Mapping[str, Any]) -
     neutral: dict[str, Any] = {
         "hidden_act": "silu",
         "use_sliding_window": False,
+        "use_mrope": False,
+        "rope_interleaved": False,
         "layer_types": ["full_attention"] * layers if isinstance(layers, int) else None,
         "partial_rotary_factor": 1.0,
         "mlp_bias": False,
