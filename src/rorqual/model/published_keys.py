@@ -30,7 +30,8 @@ _HARMLESS = frozenset({
     "label2id", "problem_type", "qk_head_dim", "task_specific_params", "num_local_experts",
     "max_window_layers", "sliding_window", "cross_attention_hidden_size", "rope_theta", "rope_scaling",
     "rope_parameters", "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
-    "_attn_implementation_autoset", "attn_implementation", "_commit_hash", "tokenizer_class", "num_mtp_layers", "default_theta",
+    "_attn_implementation_autoset", "attn_implementation", "_commit_hash", "tokenizer_class",
+    "num_mtp_layers", "default_theta",
     "ignore_keys_at_rope_validation",
 })
 # fmt: on
