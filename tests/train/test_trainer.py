@@ -263,6 +263,8 @@ def test_what_does_not_fit_is_said_before_work(
 ) -> None:
     with pytest.raises(ConfigError, match="data: name at least one folder"):
         train(make_config(data=()), show=silent)
+    with pytest.raises(DataError, match=f"{tmp_path}/nope: no meta.json"):
+        train(make_config(data=(tmp_path / "nope",)), show=silent)
     with pytest.raises(DataError, match="held-out set is shorter than a row of 4096 tokens"):
         train(make_config(seq_len=4096), show=silent)
     result = train(make_config(steps=1), show=silent)

@@ -24,7 +24,9 @@ class TrainOptions:
 
     overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = ()
     config: Path | None = None  # a TOML or JSON file of the same keys
-    data: tuple[Path, ...] = ()  # folders of `rorqual data build`
+    data: tyro.conf.UseAppendAction[
+        tuple[Path, ...]
+    ] = ()  # a folder of `rorqual data build`; may be repeated
     out: Path | None = None  # the run folder
     depth: int | None = None  # the one dial: layers, and 64 of width each
     family: str | None = None  # deepseek or llama
@@ -59,7 +61,7 @@ class SftOptions:
     lr: float | None = None  # 1e-4, or 1e-3 with --lora-rank
     lora_rank: int | None = None  # train adapters of this rank instead of all weights
     lora_alpha: float | None = None  # 2 * rank
-    lora_targets: tuple[str, ...] = ()  # all projections by default
+    lora_targets: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # q_proj, …: all projections by default
     batch_size: int = 4
     accumulate: int = 2
     seq_len: int = 512

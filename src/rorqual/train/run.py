@@ -12,6 +12,7 @@ from rorqual.checkpoint import hf
 from rorqual.checkpoint.files import write_whole
 from rorqual.config import to_dict
 from rorqual.data.loader import Loader, LoaderConfig, Stage
+from rorqual.data.shards import read_meta
 from rorqual.device import measure_limits, resolve_device
 from rorqual.errors import ConfigError, DataError, RunError
 from rorqual.model.config import ModelConfig
@@ -45,6 +46,8 @@ def train(config: TrainConfig, resume: bool = False, show: View | None = None) -
     a folder in use or already used, a batch that cannot fit, a resume with another model or with nothing there."""
     if not config.data:
         raise ConfigError("data: name at least one folder made by `rorqual data build`")
+    for folder in config.data:
+        read_meta(folder)
     tokenizer = Tokenizer.load(config.data[0])
     shape = model_config(config, tokenizer)
     validation = Validation(config, tokenizer, shape.vocab_size)
