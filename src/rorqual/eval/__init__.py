@@ -1,1 +1,0 @@
-"""Bits per byte, task accuracy and pass@k with intervals."""

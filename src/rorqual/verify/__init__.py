@@ -1,1 +1,0 @@
-"""Answers that a program can check; a leaf used by rl and eval."""
