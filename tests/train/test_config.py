@@ -4,13 +4,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tyro
 
 from rorqual.config import from_dict, load_config, to_dict
 from rorqual.errors import ConfigError
 from rorqual.model.config import ModelConfig
 from rorqual.model.cost import cost
-from rorqual.train.command import TrainOptions, train_config
+from rorqual.train.command import parse_train, train_config
 from rorqual.train.config import TrainConfig, due
 from rorqual.train.shape import Shape
 
@@ -93,7 +92,7 @@ def test_every_recipe_is_valid(recipe: Path) -> None:
 
 def test_flags_and_overrides_do_not_swallow_each_other() -> None:
     line = ["--data", "a", "shape.depth=3", "--data", "b", "--out", "r", "steps=5", "--family", "llama"]
-    config = train_config(tyro.cli(TrainOptions, args=line))
+    config = train_config(parse_train(line))
     assert config.data == (Path("a"), Path("b"))
     assert (config.shape.depth, config.shape.family, config.steps, config.out) == (3, "llama", 5, Path("r"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from rorqual.errors import ConfigError, RunError
 if TYPE_CHECKING:
     from rorqual.train.config import TrainConfig
     from rorqual.train.sft import SftConfig
+
+OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_0-9]+)*=")  # a dotted key
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def sft(argv: Sequence[str]) -> int:
 
 
 def train(argv: Sequence[str]) -> int:
-    options = tyro.cli(TrainOptions, args=list(argv), prog="rorqual train")
+    options = parse_train(argv)
     config = train_config(options)
     if options.show:
         return _show(config)
@@ -112,6 +115,13 @@ def train(argv: Sequence[str]) -> int:
     result = run(config, options.resume)
     print(ending(config.out, result.folder, result.step, config.steps))
     return exit_code(result.stopped)
+
+
+def parse_train(argv: Sequence[str]) -> TrainOptions:
+    """Options of a command line; overrides may stand anywhere among the flags."""
+    overrides = [a for a in argv if OVERRIDE.match(a)]
+    rest = [a for a in argv if not OVERRIDE.match(a)]
+    return tyro.cli(TrainOptions, args=[*rest, *overrides], prog="rorqual train")
 
 
 def train_config(options: TrainOptions) -> TrainConfig:
