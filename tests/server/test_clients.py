@@ -66,7 +66,7 @@ def test_parse(client):
         age: int
 
     answer = client.chat.completions.parse(
-        model="scripted", messages=said("random"), response_format=Person, max_tokens=300
+        model="scripted", messages=said("random"), response_format=Person, max_tokens=300, seed=1
     )
     assert isinstance(answer.choices[0].message.parsed, Person)
 
