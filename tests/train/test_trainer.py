@@ -321,7 +321,7 @@ def test_the_report_stands_alone(make_config: Make, silent: Any) -> None:
     assert page.count("<svg") >= 5
     for words in (
         "Held-out bits per byte",
-        "Expert load",
+        "Busiest expert",
         "parse as Python",
         "optimizer&#x27;s share",
         "moe_intermediate_size",
