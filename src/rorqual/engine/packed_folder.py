@@ -21,14 +21,15 @@ from rorqual.checkpoint.names import persistent_buffers, published_name
 from rorqual.checkpoint.tensors import TensorFile, write_tensors
 from rorqual.device import require_memory
 from rorqual.engine import quantize
-from rorqual.engine.quantised import QuantAbsorbed, QuantEmbedding, QuantExperts, QuantLinear
+from rorqual.engine.quantised import QuantAbsorbed, QuantEmbedding, QuantExperts, QuantLinear, QuantSwiGLU
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.kernels.quantised import GROUPS, KINDS, Format
 from rorqual.model.config import ModelConfig
+from rorqual.model.layers import SwiGLU
 from rorqual.model.transformer import Transformer
 
 METHOD, VERSION = "rorqual", 1
-PACKED = (QuantLinear, QuantEmbedding, QuantExperts, QuantAbsorbed)
+PACKED = (QuantLinear, QuantEmbedding, QuantExperts, QuantSwiGLU, QuantAbsorbed)
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:
@@ -113,10 +114,9 @@ def read_formats(model: Transformer, folder: Path) -> dict[str, Format]:
             f"{folder.resolve()}: quantization_config version={scheme.get('version')!r}: only {VERSION} is read; "
             "quantize the model again"
         )
-    own = [
-        name for name, m in model.named_modules() if name and any(True for _ in m.parameters(recurse=False))
-    ]
-    ours = {_published(model.config, name): name for name in own}
+    own = [name for name, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    own += [name for name, m in model.named_modules() if isinstance(m, SwiGLU)]
+    ours = {_published(model.config, name): name for name in own if name}
     found = {}
     for name, text in scheme["formats"].items():
         kind, _, group = str(text).partition("/")

@@ -13,11 +13,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from rorqual.engine.quantised import QuantAbsorbed, QuantEmbedding, QuantExperts, QuantLinear
+from rorqual.engine.quantised import QuantAbsorbed, QuantEmbedding, QuantExperts, QuantLinear, QuantSwiGLU
 from rorqual.errors import ConfigError
 from rorqual.kernels.quantised import GROUPS, Format, Kind
 from rorqual.model.attend import Causal
 from rorqual.model.config import ModelConfig
+from rorqual.model.layers import SwiGLU
 from rorqual.model.mla import MLA
 from rorqual.model.moe import Experts
 from rorqual.model.transformer import Transformer
@@ -42,8 +43,14 @@ def formats(model: Transformer, bits: int, group: int = 32) -> dict[str, Format]
 
 
 def _matrices(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """What is quantised; a feed-forward without biases as a whole."""
+    fused = tuple(
+        f"{name}." for name, m in model.named_modules() if isinstance(m, SwiGLU) and m.gate_proj.bias is None
+    )
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding, Experts)) and not any(w in name for w in WIDE):
+        if name.startswith(fused) or any(w in name for w in WIDE):
+            continue
+        if isinstance(module, (nn.Linear, nn.Embedding, Experts)) or f"{name}." in fused:
             yield name, module
 
 
@@ -68,6 +75,9 @@ def quantize(
             attn.absorbed = QuantAbsorbed.of(attn, format)
         if isinstance(module, Experts):
             replace(model, name, QuantExperts.of(module, format, known.get(name)))
+        elif isinstance(module, SwiGLU):
+            inputs, middle = known.get(f"{name}.gate_proj"), known.get(f"{name}.down_proj")
+            replace(model, name, QuantSwiGLU.of(module, format, inputs, middle))
         elif isinstance(module, nn.Embedding):
             replace(model, name, QuantEmbedding.of(module, format))
         elif isinstance(module, nn.Linear):
@@ -83,6 +93,10 @@ def empty(model: Transformer, chosen: dict[str, Format]) -> Transformer:
         if isinstance(module, Experts):
             count, twice, hidden = module.gate_up_proj.shape
             replace(model, name, QuantExperts(format, count, hidden, twice // 2))
+        elif isinstance(module, SwiGLU):
+            replace(
+                model, name, QuantSwiGLU(format, module.gate_proj.in_features, module.gate_proj.out_features)
+            )
         elif isinstance(module, nn.Embedding):
             rows, width = module.weight.shape
             replace(model, name, QuantEmbedding(format, rows, width, module.weight.dtype))
@@ -123,8 +137,8 @@ def calibrate(model: Transformer, rows: Tensor) -> dict[str, Tensor]:
     """Mean squares of every matrix's inputs [in] over token ids `rows` [B, T], by module name."""
     sums: dict[str, Tensor] = {}
     hooks = []
-    for name, module in _matrices(model):
-        if isinstance(module, nn.Embedding):
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, Experts)):
             continue
 
         def record(_: nn.Module, inputs: tuple[Tensor, ...], key: str = name) -> None:
@@ -150,7 +164,8 @@ def bits_a_weight(config: ModelConfig, chosen: dict[str, Format]) -> float:
     for name, p in model.named_parameters():
         if tied and name == "lm_head.weight":
             continue
-        format = chosen.get(name.rpartition(".")[0])
+        module = name.rpartition(".")[0]
+        format = chosen.get(module) or chosen.get(module.rpartition(".")[0])
         bits += p.numel() * (16 if format is None else format.bits)
         weights += p.numel()
     return bits / weights

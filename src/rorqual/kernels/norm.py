@@ -1,4 +1,5 @@
-"""RMSNorm for training on a CPU: few passes, and under autocast an output in its dtype.
+"""RMSNorm: in one native call where no gradient is wanted, and for training on a CPU in few passes, under autocast
+with an output in its dtype.
 
 Plain operations would leave float32, which autocast then casts once for each projection that reads it; its gradients
 take the same way back. `rms_norm_reference` defines the result.
@@ -11,12 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.kernels.native import TYPES, can_take, native
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension [*L, D], the mean square taken in float32."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
+
+
+def rms_norm_native(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same without a gradient, natively where the library is there, else by the definition."""
+    library = native()
+    if library is None or x.dtype != weight.dtype or not can_take(x, weight):
+        return rms_norm_reference(x, weight, eps)
+    x = x.contiguous()
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    library.rms_norm(
+        x.data_ptr(), TYPES[x.dtype], weight.data_ptr(), x.numel() // width, width, eps,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

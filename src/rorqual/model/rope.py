@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rorqual.kernels import rope as rope_kernel
 from rorqual.model.config import ModelConfig, RopeConfig
 
 
@@ -84,11 +85,15 @@ def softmax_scale(config: ModelConfig) -> float:
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (0,1), (2,3), … of x [*L, H, R] by cos, sin [*L, R/2] (DeepSeek's layout)."""
+    if rope_kernel.fits(x, cos):
+        return rope_kernel.rope(x, cos, sin, interleaved=True)
     return _rotated(_interleaved, x, cos, sin)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + D/2) of x [*L, H, D] by cos, sin [*L, D/2] (the Llama layout)."""
+    if rope_kernel.fits(x, cos):
+        return rope_kernel.rope(x, cos, sin, interleaved=False)
     return _rotated(_half, x, cos, sin)
 
 

@@ -25,6 +25,7 @@ from rorqual.errors import ConfigError
 log = logging.getLogger("rorqual")
 
 ISAS = ("avx512", "avx2", "portable")  # best first
+READ = (torch.float32, torch.bfloat16)
 HERE = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}  # kernels.h: Type
 
@@ -35,6 +36,8 @@ _SIGNATURES = {
     "dense": [_P, _I, _P, _I, _I, _I, _I, _I, _I, _I, _P, _I],
     "mla": [_P, _P, _P, _I, _I, _F, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "gqa": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
+    "rms_norm": [_P, _I, _P, _I, _I, _F, _P, _I],
+    "rope": [_P, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _I],
 }
 
 
@@ -54,6 +57,8 @@ class Native:
     dense: ctypes._NamedFuncPointer
     mla: ctypes._NamedFuncPointer
     gqa: ctypes._NamedFuncPointer
+    rms_norm: ctypes._NamedFuncPointer
+    rope: ctypes._NamedFuncPointer
 
     def use(self, isa: str) -> bool:
         """Run another variant from now on; False where this processor cannot."""
@@ -127,4 +132,4 @@ def type_of(x: Tensor) -> int:
 
 def can_take(*tensors: Tensor) -> bool:
     """Whether activations are of a type and place that the kernels read."""
-    return all(x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu" for x in tensors)
+    return all(x.dtype in READ and x.is_cpu for x in tensors)

@@ -70,3 +70,15 @@ EXPORT void rorqual_gqa(const void* q, const void* request, const void* length, 
                 {values, type, stride, block_size, (const int32_t*)table, table_width}, kv_heads, width, (float*)out,
                 (int)threads);
 }
+
+EXPORT void rorqual_rms_norm(const void* x, int64_t type, const void* w, int64_t n, int64_t width, float eps, void* y,
+                             int64_t threads) {
+    active->rms_norm(x, type, w, n, width, eps, y, (int)threads);
+}
+
+EXPORT void rorqual_rope(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const void* cosine,
+                         const void* sine, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y,
+                         int64_t threads) {
+    active->rope(x, type, token_stride, head_stride, (const float*)cosine, (const float*)sine, n, heads, width,
+                 interleaved, y, (int)threads);
+}

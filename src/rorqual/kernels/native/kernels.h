@@ -45,6 +45,10 @@ struct Kernels {
     void (*mla)(const Queries&, const PagedCache&, int64_t rank, int64_t width, float* out, int threads);
     void (*gqa)(const Queries&, const PagedCache& keys, const PagedCache& values, int64_t kv_heads, int64_t width,
                 float* out, int threads);
+    void (*rms_norm)(const void* x, int64_t type, const void* w, int64_t n, int64_t width, float eps, void* y,
+                     int threads);
+    void (*rope)(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const float* cosine,
+                 const float* sine, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads);
 };
 
 extern const Kernels kernels_portable;

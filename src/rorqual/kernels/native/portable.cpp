@@ -4,5 +4,6 @@
 
 #include "attention.h"
 #include "dense.h"
+#include "elementwise.h"
 
-extern const Kernels kernels_portable = {"portable", linear, experts, dense, mla, gqa};
+extern const Kernels kernels_portable = {"portable", linear, experts, dense, mla, gqa, rms_norm, rope};

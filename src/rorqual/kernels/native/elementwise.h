@@ -1,0 +1,72 @@
+// RMSNorm and rotary embedding in one call each: as torch operations, ten small calls whose dispatch is most of their
+// time when one token is decoded.
+#pragma once
+
+#include <cmath>
+
+#include "scratch.h"
+
+namespace {
+
+inline void put_any(void* y, int64_t type, int64_t i, float value) {
+    if (type == FLOAT32) {
+        ((float*)y)[i] = value;
+        return;
+    }
+    uint16_t rounded[16];
+    store_bf16(rounded, set1(value));
+    ((uint16_t*)y)[i] = rounded[0];
+}
+
+inline F through(int64_t type, F x) {
+    if (type == FLOAT32) return x;
+    uint16_t rounded[16];
+    store_bf16(rounded, x);
+    return load_bf16(rounded);
+}
+
+// y = round(x / rms(x)) * w in rows of `width`; all of one type.
+void rms_norm(const void* x, int64_t type, const void* w, int64_t n, int64_t width, float eps, void* y, int threads) {
+    if (n * width < SMALL) threads = 1;
+    const int64_t whole = width / 16 * 16;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t at = i * width;
+        F squares = zero();
+        for (int64_t c = 0; c < whole; c += 16) squares = fma(load_any(x, type, at + c), load_any(x, type, at + c), squares);
+        float total = sum(squares);
+        for (int64_t c = whole; c < width; c++) total += one(x, type, at + c) * one(x, type, at + c);
+        const float by = 1.0f / std::sqrt(total / (float)width + eps);
+        for (int64_t c = 0; c < whole; c += 16) {
+            const F v = mul(through(type, mul(load_any(x, type, at + c), set1(by))), load_any(w, type, c));
+            if (type == FLOAT32)
+                store((float*)y + at + c, v);
+            else
+                store_bf16((uint16_t*)y + at + c, v);
+        }
+        for (int64_t c = whole; c < width; c++) {
+            float normed[16];
+            store(normed, through(type, set1(one(x, type, at + c) * by)));
+            put_any(y, type, at + c, normed[0] * one(w, type, c));
+        }
+    }
+}
+
+// Rotates [n, heads, width] by cos, sin [n, width / 2]: pairs (2i, 2i + 1), or (i, i + width / 2). Strides in values.
+void rope(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const float* cosine,
+          const float* sine, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads) {
+    if (n * heads * width < SMALL) threads = 1;
+    const int64_t half = width / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n * heads; i++) {
+        const int64_t from = i / heads * token_stride + i % heads * head_stride, to = i * width;
+        const float *c = cosine + i / heads * half, *s = sine + i / heads * half;
+        for (int64_t j = 0; j < half; j++) {
+            const float a = one(x, type, from + j * step), b = one(x, type, from + j * step + apart);
+            put_any(y, type, to + j * step, a * c[j] - b * s[j]);
+            put_any(y, type, to + j * step + apart, b * c[j] + a * s[j]);
+        }
+    }
+}
+
+}  // namespace
