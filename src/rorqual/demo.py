@@ -27,7 +27,7 @@ class DemoOptions:
     out: Path = Path("demo")
     model: Literal["train", "smollm2"] = field(default_factory=lambda: _model_of_environment())
     seconds: int = 210  # of training; how many steps that is on this machine is measured
-    limit_mb: float = 32.0  # of Python source
+    limit_mb: float = 12.0  # of Python source, the standard library first
     serve: bool = True  # in a terminal, end with the server up
     port: int = 8000
 
@@ -108,7 +108,7 @@ def _build_data(options: DemoOptions, data: Path) -> None:
         f"1/3  Building {options.limit_mb:.0f} MB of this machine's Python source into token shards",
         flush=True,
     )
-    config = BuildConfig(("python",), data, vocab_size=4096, limit_mb=options.limit_mb, tokenizer_mb=8)
+    config = BuildConfig(("python",), data, vocab_size=4096, heldout=0.04, limit_mb=options.limit_mb)
     build(config, lambda text: print(f"     {text}", flush=True))
     print(f"     what was removed and why: {data / 'report.html'}")
 

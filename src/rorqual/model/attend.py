@@ -51,11 +51,14 @@ class Causal:
         self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
     ) -> Tensor:
         k_nope, v = attn.expand(c_kv)
-        k = torch.cat((k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1)), -1)
-        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, attn.scale)
+        parts = (k_nope, k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], -1))
+        # Heads move to the front before the parts are joined: joining copies anyway.
+        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), -1)
+        k = torch.cat([x.transpose(1, 2) for x in parts], -1)
+        return self._attend(q, k, v.transpose(1, 2), attn.scale)
 
     def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._attend(q, k, v, attn.scale)
+        return self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn.scale)
 
     def previous_ids(self, ids: Tensor) -> Tensor:
         shifted = torch.cat((ids[..., :1], ids[..., :-1]), -1)
@@ -76,7 +79,7 @@ class Causal:
         return self._mask
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        """q, k [B, H, T, D], v [B, H, T, Dv] → [B, T, H, Dv]."""
         length = q.shape[2]
         if self.plain:
             out = attention_reference(q, k, v, scale, self.mask(length, q.device))

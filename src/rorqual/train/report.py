@@ -16,7 +16,7 @@ from rorqual.train.bill import option_lines
 from rorqual.train.config import TrainConfig
 from rorqual.train.metrics import read
 from rorqual.train.plot import Curve, chart
-from rorqual.train.sample import parses
+from rorqual.train.sample import TEMPERATURE, parses
 from rorqual.train.view import duration
 
 Lines = Sequence[Mapping[str, Any]]
@@ -160,7 +160,7 @@ def _samples(lines: Lines) -> str:
     head = "<h2>Samples</h2>"
     if judged:
         head += (
-            f"<p>{found['parsed']:.0%} of {found['judged']} samples at temperature 0.8 parse as Python "
+            f"<p>{found['parsed']:.0%} of {found['judged']} samples at temperature {TEMPERATURE} parse as Python "
             "(an unfinished end of at most three lines left out).</p>"
         )
     marks = {True: "<i>parses</i>", False: "<i class=no>does not parse</i>"}

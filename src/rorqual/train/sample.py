@@ -13,8 +13,10 @@ from rorqual.model.transformer import Transformer
 from rorqual.text.tokenizer import Tokenizer
 from rorqual.train.evaluate import evaluating
 
-PYTHON_PROMPTS = ("import ", "def ", "class ", "from ", "# ", "if __name__", "with open(", '"""')
-PROSE_PROMPTS = ("The ", "In ", "A ", "When ")
+# Without a space behind them: the space belongs to the next token, and a model has never seen it alone.
+PYTHON_PROMPTS = ("import", "from", "def", "class", "if", "for", "with", "@")
+PROSE_PROMPTS = ("The", "In", "A", "When")
+TEMPERATURE = 0.5  # a model after some minutes of training is sure of little
 
 
 def sample(
@@ -24,7 +26,7 @@ def sample(
     tokens: int,
     seed: int,
     count: int = 1,
-    temperature: float = 0.8,
+    temperature: float = TEMPERATURE,
 ) -> list[str]:
     """`count` continuations of each prompt, the prompt included, drawn from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from rorqual.train.config import TrainConfig, due
 from rorqual.train.evaluate import byte_lengths, heldout
 from rorqual.train.sample import PROSE_PROMPTS, PYTHON_PROMPTS, parses, sample
 
-SAMPLE_TOKENS = 120
+SAMPLE_TOKENS = 96
 JUDGED = 8  # samples of each prompt whose Python is judged at the end
 
 
