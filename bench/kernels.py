@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from record import Row, faster, smaller, write_record
 
 from rorqual.device import Limits, measure_limits
-from rorqual.kernels.dense_linear import dense_linear
 from rorqual.kernels.gqa_attention import gqa_attention
 from rorqual.kernels.mla_attention import mla_attention
 from rorqual.kernels.native import native
@@ -168,20 +167,6 @@ def gqa_rows(limits: Limits) -> list[Row]:
     return out
 
 
-def dense_rows(limits: Limits) -> list[Row]:
-    out = []
-    for dtype in (torch.bfloat16, torch.float32):
-        many = [torch.randn(4096, HIDDEN).to(dtype) for _ in range(8)]
-        for n in (1, 2, 4, 8):
-            x = torch.randn(n, HIDDEN).to(dtype)
-            ours = best(lambda many=many, x=x: [dense_linear(x, w) for w in many])
-            torchs = best(lambda many=many, x=x: [F.linear(x, w) for w in many])
-            size = sum(w.numel() * w.element_size() for w in many)
-            what = f"dense linear, {n} rows, {str(dtype).removeprefix('torch.')}"
-            out.append(faster(what, size / ours / 1e9, size / torchs / 1e9, "torch linear", unit="GB/s"))
-    return out
-
-
 def small_rows(limits: Limits) -> list[Row]:
     """What one call costs where the work is nothing."""
     m = packed(Format("int8"), 16, 32)
@@ -202,7 +187,6 @@ PARTS = {
     "experts": expert_rows,
     "mla": mla_rows,
     "gqa": gqa_rows,
-    "dense": dense_rows,
     "small": small_rows,
 }
 

@@ -1,8 +1,8 @@
 """The native library: built when the package is installed (setup.py), found and described here.
 
-Its kernels take plain pointers and share torch's threads: the library names `libgomp.so.1`, and as torch has
-loaded its own copy under that very name, the loader gives both the same one. A second runtime would spin
-against the first (bench/kernels.py --two-runtimes: a step of small products takes 5 times as long).
+Its kernels take plain pointers and share torch's threads: the library asks for `libgomp.so.1`, and as torch has
+loaded its own copy under that very name, the loader gives both the same one. A second runtime's threads would
+spin while the first one's work.
 
 `RORQUAL_ISA` (avx512, avx2, portable, or off for torch alone) overrides what the processor offers;
 torch's own `ATEN_CPU_CAPABILITY` limits it too.
@@ -33,7 +33,6 @@ _I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _SIGNATURES = {
     "linear": [_P, _I, _I, _I, _I, _P, _I, _I, _I, _I, _P, _I],
     "experts": [_P, _P, _I, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I, _P, _I],
-    "dense": [_P, _I, _P, _I, _I, _I, _I, _I, _I, _I, _P, _I],
     "mla": [_P, _P, _P, _I, _I, _F, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "gqa": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "rms_norm": [_P, _I, _P, _I, _I, _F, _P, _I],
@@ -54,7 +53,6 @@ class Native:
 
     linear: ctypes._NamedFuncPointer
     experts: ctypes._NamedFuncPointer
-    dense: ctypes._NamedFuncPointer
     mla: ctypes._NamedFuncPointer
     gqa: ctypes._NamedFuncPointer
     rms_norm: ctypes._NamedFuncPointer

@@ -3,7 +3,6 @@
 #include "quantised.h"
 
 #include "attention.h"
-#include "dense.h"
 #include "elementwise.h"
 
-extern const Kernels kernels_avx2 = {"avx2", linear, experts, dense, mla, gqa, rms_norm, rope};
+extern const Kernels kernels_avx2 = {"avx2", linear, experts, mla, gqa, rms_norm, rope};

@@ -47,12 +47,6 @@ EXPORT void rorqual_experts(const void* up, const void* down, int64_t hidden, in
                     (const float*)weights, n, k, experts, (float*)y, (int)threads);
 }
 
-EXPORT void rorqual_dense(const void* w, int64_t w_type, const void* x, int64_t x_type, int64_t x_stride, int64_t n,
-                          int64_t rows, int64_t width, int64_t matrices, int64_t matrix_stride, void* y,
-                          int64_t threads) {
-    active->dense(w, w_type, x, x_type, x_stride, n, rows, width, matrices, matrix_stride, (float*)y, (int)threads);
-}
-
 EXPORT void rorqual_mla(const void* q, const void* request, const void* length, int64_t n, int64_t heads, float scale,
                         const void* cache, int64_t type, int64_t stride, int64_t block_size, const void* table,
                         int64_t table_width, int64_t rank, int64_t width, void* out, int64_t threads) {

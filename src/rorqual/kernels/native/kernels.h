@@ -40,8 +40,6 @@ struct Kernels {
                    float* y, int threads);
     void (*experts)(const Weights& up, const Weights& down, const void* x, int64_t x_type, const int64_t* ids,
                     const float* weights, int64_t n, int64_t k, int64_t experts, float* y, int threads);
-    void (*dense)(const void* w, int64_t w_type, const void* x, int64_t x_type, int64_t x_stride, int64_t n,
-                  int64_t rows, int64_t width, int64_t matrices, int64_t matrix_stride, float* y, int threads);
     void (*mla)(const Queries&, const PagedCache&, int64_t rank, int64_t width, float* out, int threads);
     void (*gqa)(const Queries&, const PagedCache& keys, const PagedCache& values, int64_t kv_heads, int64_t width,
                 float* out, int threads);

@@ -3,7 +3,6 @@
 #include "quantised.h"
 
 #include "attention.h"
-#include "dense.h"
 #include "elementwise.h"
 
-extern const Kernels kernels_portable = {"portable", linear, experts, dense, mla, gqa, rms_norm, rope};
+extern const Kernels kernels_portable = {"portable", linear, experts, mla, gqa, rms_norm, rope};
