@@ -18,7 +18,9 @@ class EngineConfig:
     block_size: int = 16  # tokens of a cache block
     cache_tokens: int | None = None  # tokens that the cache holds; None: as cache_memory allows
     cache_memory: float = 1e9  # bytes for the cache
-    cache_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the weights'
+    cache_dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # auto: the weights', bfloat16 where they are quantised
+    )
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens of one step: a long prompt is computed in chunks of this size
     max_waiting: int = 1024  # requests queued beyond those running

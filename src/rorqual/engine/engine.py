@@ -12,6 +12,7 @@ from rorqual.device import format_bytes
 from rorqual.engine.blocks import BlockPool, root_hash
 from rorqual.engine.cache import PagedCache
 from rorqual.engine.config import EngineConfig
+from rorqual.engine.quantised import is_packed
 from rorqual.engine.request import Delta, EngineStats, FinishReason, Request, TokenLogprob
 from rorqual.engine.runner import Runner
 from rorqual.engine.sampler import sample, top_logprobs
@@ -36,7 +37,8 @@ class Engine:
         self.eos_ids = frozenset(tokenizer.eos_ids if tokenizer is not None else ()) | set(
             model.config.eos_ids
         )
-        dtype = next(model.parameters()).dtype
+        # Quantised models keep float32 activations; their cache would gain nothing from it but size.
+        dtype = torch.bfloat16 if is_packed(model) else next(model.parameters()).dtype
         if self.config.cache_dtype != "auto":
             dtype = getattr(torch, self.config.cache_dtype)
         blocks = self._count_blocks(dtype)

@@ -21,7 +21,7 @@ from rorqual.checkpoint.names import persistent_buffers, published_name
 from rorqual.checkpoint.tensors import TensorFile, write_tensors
 from rorqual.device import require_memory
 from rorqual.engine import quantize
-from rorqual.engine.quantised import QuantAbsorbed, QuantEmbedding, QuantExperts, QuantLinear, QuantSwiGLU
+from rorqual.engine.quantised import PACKED
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.kernels.quantised import GROUPS, KINDS, Format
 from rorqual.model.config import ModelConfig
@@ -29,7 +29,6 @@ from rorqual.model.layers import SwiGLU
 from rorqual.model.transformer import Transformer
 
 METHOD, VERSION = "rorqual", 1
-PACKED = (QuantLinear, QuantEmbedding, QuantExperts, QuantSwiGLU, QuantAbsorbed)
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:

@@ -173,3 +173,11 @@ class QuantAbsorbed(nn.Module):
         """As `MLA.expand_output`."""
         packed = Packed(self.values, self.value_dim, self.rank, self.format)
         return quantised_heads(latent, packed).to(latent.dtype)
+
+
+PACKED = (QuantLinear, QuantEmbedding, QuantExperts, QuantSwiGLU, QuantAbsorbed)
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether a model has quantised matrices."""
+    return any(isinstance(m, PACKED) for m in model.modules())
