@@ -238,3 +238,37 @@ def test_transformers_reads_the_tokenizer(tmp_path: Path, make_code) -> None:
     chat = [{"role": "user", "content": "hi"}]
     rendered = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert rendered == "<｜begin▁of▁sentence｜><｜User｜>hi<｜Assistant｜>"
+
+
+def test_workers_end_with_a_build_that_is_killed(tmp_path: Path, make_article) -> None:
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    import psutil
+
+    pool = lines(tmp_path / "a.jsonl", [make_article(i, 400) for i in range(300)])
+    command = [
+        sys.executable,
+        "-m",
+        "rorqual.cli",
+        "data",
+        "build",
+        str(pool),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    process = subprocess.Popen([*command, "--workers", "2"], stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+    for _ in range(600):
+        family = psutil.Process(process.pid).children(recursive=True)
+        if sum("spawn_main" in " ".join(p.cmdline()) for p in family if p.is_running()) >= 2:
+            break
+        time.sleep(0.05)
+    time.sleep(1.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    assert not (tmp_path / "out").exists()

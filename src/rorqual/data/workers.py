@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
@@ -24,7 +26,9 @@ def pool(workers: int) -> Iterator[Run]:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("spawn")  # a forked child would inherit locks of other threads
-    with ProcessPoolExecutor(count, mp_context=context) as pool:
+    with ProcessPoolExecutor(
+        count, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)
+    ) as pool:
         yield lambda function, tasks: _ordered(pool, function, tasks, ahead=2 * count)
 
 
@@ -38,3 +42,15 @@ def _ordered(
             yield waiting.pop(0).result()
     for future in waiting:
         yield future.result()
+
+
+def _end_with(parent: int) -> None:
+    """In a worker: end when the process that started it does, however it ends; siblings hold the queue's other end,
+    so nobody else would say so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
