@@ -59,11 +59,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        normed = x.float() * inverse
-        wide = grad.float()
-        dweight = (wide * normed).flatten(0, -2).sum(0)
-        scaled = wide * weight
+        width = x.shape[-1]
+        rows, grads = x.float().reshape(-1, width), grad.float().reshape(-1, width)
+        inverse = inverse.view(-1, 1)
+        both = grads * rows
+        dweight = (inverse.mT @ both)[0]
         # d/dx of x / rms(x): what is along x drops out
-        along = (scaled * normed).mean(-1, keepdim=True)
-        dx = scaled.sub_(normed.mul_(along)).mul_(inverse)
-        return dx.to(x.dtype), dweight.to(weight.dtype), None, None
+        along = (both @ weight.float()[:, None]) * inverse.pow(3).div_(-width)
+        dx = (grads * weight).mul_(inverse).addcmul_(rows, along)
+        return dx.view_as(x).to(x.dtype), dweight.to(weight.dtype), None, None
