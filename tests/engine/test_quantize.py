@@ -1,5 +1,6 @@
 """Quantised models: close to what they were made from, stored with their scheme, and refused when damaged."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def test_sensitive_matrices_keep_8_bits(fresh) -> None:
     assert model.layers[1].mlp.router.weight.dtype == torch.float32
 
 
+def test_a_head_of_4_bits_is_asked_for_and_never_tied(fresh) -> None:
+    model = fresh("gqa", 1)
+    assert quantize.formats(model, 4, head=4)["lm_head"] == Format("int4_min")
+    tied = Transformer(dataclasses.replace(model.config, tie_word_embeddings=True))
+    with pytest.raises(ConfigError, match="head=4"):
+        quantize.formats(tied, 4, head=4)
+
+
 @pytest.mark.parametrize("group", [32, 128])
 def test_both_forms_of_attention_agree(fresh, group: int) -> None:
     """The absorbed form has its own copies of kv_b_proj's halves, rounded in their own groups."""
@@ -95,8 +104,6 @@ def test_a_folder_brings_back_the_same_model(name: str, fresh, tmp_path: Path) -
 
 
 def test_a_tied_head_is_stored_once(fresh, tmp_path: Path) -> None:
-    import dataclasses
-
     config = dataclasses.replace(fresh("gqa", 1).config, tie_word_embeddings=True)
     model = Transformer(config).init_weights(1).eval()
     formats = quantize.formats(model, 8)

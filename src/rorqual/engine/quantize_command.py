@@ -24,6 +24,7 @@ class QuantizeOptions:
     out: tyro.conf.Positional[Path]
     bits: Literal[4, 8] = 4
     group: Literal[32, 128] = 32  # neighbouring weights that share a scale
+    head: Literal[4, 8] = 8  # bits of the output head; 4 decodes faster
     text: Path | None = (
         None  # what perplexity is measured on, its first half used to calibrate; Python's own source by default
     )
@@ -42,7 +43,7 @@ def quantize(argv: Sequence[str]) -> int:
         raise CheckpointError(f"{options.out.resolve()}: exists already; remove it or choose another folder")
     loaded = load(options.model, "float32")
     model, config = loaded.model, loaded.config
-    formats = scheme.formats(model, options.bits, options.group)
+    formats = scheme.formats(model, options.bits, options.group, options.head)
     rows = text_rows(loaded.tokenizer, options.text, options.tokens)
     before = None if rows is None else perplexity(model, rows[1])
     importance = scheme.calibrate(model, rows[0]) if rows is not None and options.calibrate else None
