@@ -1,1 +1,0 @@
-"""Experiments that start at once and earn their budget."""
