@@ -34,7 +34,7 @@ def table(names: list[str], records: Path) -> str:
             f"{record['name']}: {m['processor']}, {m['cores']} cores, {record['date']}, {record['commit']}"
         )
     if not found:
-        return ""
+        return "Not measured yet on a quiet machine.\n"
     return "\n".join(lines) + "\n\n<sub>" + "; ".join(machines) + "</sub>\n"
 
 
