@@ -46,7 +46,9 @@ def objective(
     """
     c = model.config
     routing = Routing() if c.n_routed_experts else None
-    h = (forward or model)(lesson.inputs, lesson.positions, lesson.attend(), routing, recompute)
+    h = (model if forward is None else forward)(
+        lesson.inputs, lesson.positions, lesson.attend(), routing, recompute
+    )
     language = _language(model, h, lesson.targets, lesson.weights) / tokens
     zero = torch.zeros((), device=h.device)
     mtp = _further(model, h, lesson, routing) / tokens if len(model.mtp) and mtp_weight else zero

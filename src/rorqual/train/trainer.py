@@ -100,9 +100,8 @@ class Trainer:
         weights, saved = checkpoint.restore(folder, self.model.config)
         tensors = dict(saved.tensors)
         adapters = {n: tensors.pop(f"adapter.{n}") for n, _ in self._adapters()}
-        if (
-            adapters
-        ):  # the saved weights have them merged: only the buffers (selection biases) are the run's own
+        if adapters:
+            # The saved weights have them merged: only the buffers (selection biases) are the run's own.
             buffers = dict(self.model.named_buffers())
             weights = adapters | {n: t for n, t in weights.items() if n in buffers}
         self.model.load_state_dict(weights, strict=not adapters)
@@ -240,9 +239,9 @@ class Trainer:
                 + (" before the first checkpoint" if folder is None else " again after going back")
                 + "; lower the rates (optim.lr, optim.embedding_lr), or set dtype=float32"
             )
-        at, skipped, position = self.step, self.skipped, self.source.state_dict()
+        at, skipped, seconds, position = self.step, self.skipped, self.speed.before, self.source.state_dict()
         self.resume(folder)
-        self.skipped = skipped
+        self.skipped, self.speed.before = skipped, seconds
         self.source.load_state_dict(position)
         view.say(
             f"step {at}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row; back to step {self.step}, past "
