@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,18 @@ def test_helpers_of_published_templates() -> None:
         "{{ 'a'.ljust(999999999) }}",
         "{{ '%999999999d' % 1 }}",
         "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set x = 'a' * 99999 %}{{ x | replace('a', x) }}",
+        "{% set x = 'a' * 99999 %}{{ x.replace('a', x) }}",
+        "{% set x = 'a' * 99999 %}{{ [x] * 99999 | join }}",
+        "{% set x = 'a' * 99999 %}{{ ''.join([x] * 99999) }}",
+        "{{ ('a\n' * 99999) | indent(99999) }}",
+        "{{ '{:>999999999}'.format(1) }}",
+        "{{ strftime_now('%999999999d') }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set ns = namespace(x='a' * 99999) %}{% for i in range(60) %}"
+        "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
         "{{ messages.append(1) }}",
         "{{ ''.__class__ }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -93,6 +106,19 @@ def test_hostile_and_broken_templates_end_in_an_error(source: str) -> None:
     with pytest.raises(TokenizerError):
         ChatTemplate(source).render(HI)
     assert time.monotonic() - begin < 20  # it ended at all
+
+
+def test_a_template_that_only_takes_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few turns, each of them slow: the deadline ends it, and in a thread that takes no signals."""
+    monkeypatch.setattr("rorqual.text.sandbox.MAX_SECONDS", 0.2)
+    slow = ChatTemplate("{% for i in range(99999) %}{% if range(99999) | sum == i %}x{% endif %}{% endfor %}")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(TokenizerError, match="seconds"):
+        pool.submit(slow.render, HI).result(timeout=60)
+
+
+def test_a_long_conversation_fits_the_budget() -> None:
+    turns = [{"role": "user", "content": "x" * 1000}, {"role": "assistant", "content": "y" * 1000}] * 1000
+    assert len(ChatTemplate.built_in("chatml").render(turns)) > 2_000_000
 
 
 def test_the_callers_messages_are_never_changed() -> None:

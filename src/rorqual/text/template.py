@@ -1,31 +1,20 @@
 """Chat templates: a conversation as the prompt that its model was trained on.
 
-Templates come from strangers with their checkpoints. They run in jinja2's immutable sandbox with a budget of
-loop turns and of produced text, so that none reaches for attributes, changes what it is given or goes on for
-ever.
+Templates come from strangers with their checkpoints; they run in the sandbox of `rorqual.text.sandbox`.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rorqual.errors import TokenizerError
+from rorqual.text.sandbox import environment, rendering
 
 Message = Mapping[str, Any]
-
-MAX_TURNS = 200_000  # of all loops of one rendering; a conversation of 1,000 messages takes a few thousand
-MAX_TEXT = 64 * 1024 * 1024  # characters that one operation or a whole prompt may make
-_turns: ContextVar[int] = ContextVar("turns")
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content or '') }}"
@@ -76,7 +65,7 @@ class ChatTemplate:
         self.origin = origin  # where it came from, for messages and for `inspect`
         self.tokens = {"bos_token": "", "eos_token": "", **(tokens or {})}
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment().from_string(source)
         except (TemplateError, RecursionError, ValueError) as e:
             line = f" in line {e.lineno}" if isinstance(e, TemplateSyntaxError) else ""
             raise TokenizerError(f"{origin}: not a valid jinja2 template{line} ({e})") from e
@@ -149,17 +138,9 @@ class ChatTemplate:
         return start
 
     def _render(self, messages: list[dict[str, Any]], generation: bool, context: dict[str, Any]) -> str:
-        token = _turns.set(0)
         try:
-            parts, size = [], 0
-            for part in self._template.generate(
-                messages=messages, add_generation_prompt=generation, **context
-            ):
-                size += len(part)
-                if size > MAX_TEXT:
-                    raise SecurityError(f"makes more than {MAX_TEXT} characters")
-                parts.append(part)
-            return "".join(parts)
+            with rendering():
+                return self._template.render(messages=messages, add_generation_prompt=generation, **context)
         except SecurityError as e:
             raise TokenizerError(f"{self.origin}: refused in the sandbox ({e})") from e
         except (
@@ -174,113 +155,6 @@ class ChatTemplate:
             MemoryError,
         ) as e:
             raise TokenizerError(f"{self.origin}: does not accept this conversation ({e})") from e
-        finally:
-            _turns.reset(token)
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's immutable sandbox, with every loop counted and every product of text bounded."""
-
-    intercepted_binops = frozenset(["*", "**", "+", "%", "~"])
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in list(tree.find_all(nodes.For)):
-            loop.iter = nodes.Filter(loop.iter, "counted", [], [], None, None, lineno=loop.lineno)
-        return tree
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        if attribute.startswith("_"):
-            raise SecurityError(f"reaches for attribute {attribute!r}")
-        return super().getattr(obj, attribute)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        raise SecurityError(f"reaches for attribute {attribute!r}")
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or (operator == "*" and _amount(left) * _amount(right) > MAX_TEXT):
-            raise SecurityError(f"{operator} makes something too large")
-        if operator == "%" and isinstance(left, (str, bytes)):
-            raise SecurityError("% formatting is not allowed")
-        result = super().call_binop(context, operator, left, right)
-        if isinstance(result, str) and len(result) > MAX_TEXT:
-            raise SecurityError("text grows too large")
-        return result
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, int) and abs(value) > MAX_TURNS:
-                raise SecurityError(f"a call with {value}")
-        return super().call(context, obj, *args, **kwargs)
-
-
-class _Generation(Extension):
-    """`{% generation %} … {% endgeneration %}` marks the assistant's words in some templates; they pass
-    through."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _environment() -> _Sandbox:
-    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
-    for name in ("lipsum", "cycler", "joiner"):
-        env.globals.pop(name, None)
-    for name in (
-        "pprint",
-        "center",
-        "format",
-        "urlize",
-        "random",
-        "filesizeformat",
-        "xmlattr",
-        "batch",
-        "wordwrap",
-    ):
-        env.filters[name] = _refuse(name)
-    env.filters["counted"] = _counted
-    env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return env
-
-
-def _counted(items: Iterable[Any]) -> list[Any]:
-    """The items of a loop as a list, against the budget of the rendering."""
-    out = []
-    for item in items:
-        used = _turns.get(0) + 1
-        _turns.set(used)
-        if used > MAX_TURNS:
-            raise SecurityError(f"loops more than {MAX_TURNS} times")
-        out.append(item)
-    return out
-
-
-def _refuse(name: str) -> Callable[..., str]:
-    def refuse(*_: Any, **__: Any) -> str:
-        raise SecurityError(f"filter {name} is not available to chat templates")
-
-    return refuse
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> str:
-    raise TemplateError(message)
-
-
-def _amount(value: Any) -> int:
-    """How large a factor is: a number's value, a text's or list's length."""
-    if isinstance(value, (int, float)):
-        return int(min(abs(value), 1 << 62))
-    return len(value) if hasattr(value, "__len__") else 1
 
 
 def _content(token: Any) -> str:
