@@ -290,7 +290,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--litgpt", type=Path, help="the Python of an environment that has litgpt")
-    parser.add_argument("--rows", type=int, default=4, help="rows of 512 tokens of a step")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 512 tokens of a step")
     parser.add_argument("--steps", type=int, default=8, help="steps timed in a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
