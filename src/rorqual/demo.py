@@ -165,8 +165,12 @@ def _has_checkpoint(run: Path) -> bool:
 
 def _show_samples(run: Path) -> None:
     from rorqual.train.metrics import read
+    from rorqual.train.sample import parses
 
     last = read(run)[-1]
+    good = [text for text in last["samples"] if parses(text)]
     print(f"     held-out text: {last['heldout_bpb']:.3f} bits per byte")
-    print(f"     {last['parsed']:.0%} of {last['judged']} samples parse as Python; one of them:")
-    print("\n".join(f"     | {line}" for line in last["sample"].splitlines()))
+    print(
+        f"     {last['parsed']:.0%} of {last['judged']} samples parse as Python; one that does{'' if good else ' not'}:"
+    )
+    print("\n".join(f"     | {line}" for line in (good or last["samples"])[0].splitlines()))

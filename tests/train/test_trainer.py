@@ -232,6 +232,21 @@ def test_a_signal_saves_and_leaves_after_the_step(
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_a_signal_during_the_last_step_finds_the_run_finished(
+    make_config: Make, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Trainer.one_step
+
+    def interrupted(self: Trainer) -> Any:
+        if self.step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return honest(self)
+
+    monkeypatch.setattr(Trainer, "one_step", interrupted)
+    assert train(make_config(), show=silent).stopped is None
+    assert "heldout_bpb" in silent.lines[-1]
+
+
 def test_a_folder_in_use_or_used_is_refused(make_config: Make, silent: Any) -> None:
     config = make_config(steps=1)
     with Lock(config.out), pytest.raises(RunError, match=r"in use by process \d+"):

@@ -144,7 +144,7 @@ class Trainer:
                     log.rewind(self.step)
                     continue
                 line = self._line(update)
-                if stop.signal is None:
+                if stop.signal is None or self.step == end:
                     line |= self._validate()
                 if self.step % self.config.log_every == 0 or self.step == end or "heldout_bpb" in line:
                     log.write(line)
@@ -152,7 +152,7 @@ class Trainer:
                 # Not amid bad steps: they may be why the run goes back.
                 if due(self.config.save_every, self.step) and self.step < end and not bad:
                     self._save_or_say(view)
-        return Result(self.step, self.save(), stop.signal)
+        return Result(self.step, self.save(), stop.signal if self.step < end else None)
 
     def one_step(self) -> Update:
         """Draw the step's rows, take their gradients and update, or skip what is not finite."""
