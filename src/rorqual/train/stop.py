@@ -14,6 +14,10 @@ class Stop:
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
+    def asked(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
     def __enter__(self) -> Stop:
         try:
             for s in (signal.SIGTERM, signal.SIGINT):

@@ -134,7 +134,7 @@ class Trainer:
         bad, went_back_to = 0, None
         self.model.train()
         with Stop() as stop, Log(self.config.out, self.step) as log:
-            while self.step < end and stop.signal is None:
+            while self.step < end and not stop.asked():
                 self.speed.begin()
                 update = self.one_step()
                 self.speed.end()
@@ -144,7 +144,7 @@ class Trainer:
                     log.rewind(self.step)
                     continue
                 line = self._line(update)
-                if stop.signal is None or self.step == end:
+                if not stop.asked() or self.step == end:
                     line |= self._validate()
                 if self.step % self.config.log_every == 0 or self.step == end or "heldout_bpb" in line:
                     log.write(line)
