@@ -20,8 +20,9 @@ ALLOWED = {
     "train": {"data", "checkpoint", "model", "text"},
     "rl": {"engine", "train", "verify", "checkpoint", "model", "text", "data"},
     "eval": {"engine", "model", "data", "verify", "checkpoint", "text"},
+    "compare": {"train", "data", "checkpoint", "model", "text"},
     "server": {"engine", "text"},
-    "lab": {"train", "rl", "eval"},
+    "lab": {"train", "rl", "eval", "compare"},
 }
 TOP = {"cli", "demo", "__init__", "__main__"}  # may use everything below
 ONLY_IN = {

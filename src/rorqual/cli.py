@@ -47,6 +47,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command("rorqual.train.command", "train", "pretrain a model, or go on from a checkpoint"),
     "sft": Command("rorqual.train.command", "sft", "fine-tune on chat JSONL"),
+    "compare": Command(
+        "rorqual.compare.command", "compare", "how much less the recipe needs than a Llama-style baseline"
+    ),
     "serve": Command(
         "rorqual.server.command",
         "serve",

@@ -33,7 +33,7 @@ def load_config(cls: type[T], file: str | Path | None = None, overrides: Sequenc
         key, sep, text = override.partition("=")
         if not sep or not key.strip():
             raise ConfigError(f"override {override!r}: write it as dotted.key=value")
-        _put(tree, key.strip(), _parse_scalar(text.strip()))
+        put(tree, key.strip(), scalar(text.strip()))
     return from_dict(cls, tree)
 
 
@@ -94,7 +94,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     return tree
 
 
-def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def put(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.c` in a tree of dictionaries; raises ConfigError where `a` or `a.b` is a value."""
     *parents, leaf = dotted.split(".")
     for depth, name in enumerate(parents):
         child = tree.setdefault(name, {})
@@ -106,7 +107,7 @@ def _put(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[leaf] = value
 
 
-def _parse_scalar(text: str) -> Any:
+def scalar(text: str) -> Any:
     """`1`, `1e-3`, `true`, `null`, `[1, 2]`, `{"a": 1}` as JSON reads them; anything else is a string."""
     try:
         return json.loads(text)

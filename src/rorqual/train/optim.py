@@ -176,12 +176,21 @@ def clip_(params: Sequence[Tensor], limit: float) -> float:
     return norm
 
 
+ADAMW_OPERATIONS, MUON_OPERATIONS = (
+    14,
+    19,
+)  # on each element: moments, roots, decay, update; Muon's rows evened
+
+
 def flops(optimizer: Optimizer) -> float:
-    """FLOPs of one step's orthogonalisation."""
+    """FLOPs of one update: Muon's products, and what either rule does to each element."""
     total = 0.0
-    for member in (m for g in optimizer.groups if g.muon for m in g.members):
-        *batch, rows, columns = member.moments[0].shape
-        total += muon.flops(math.prod(batch), rows, columns)
+    for group in optimizer.groups:
+        for member in group.members:
+            total += member.param.numel() * (MUON_OPERATIONS if group.muon else ADAMW_OPERATIONS)
+            if group.muon:
+                *batch, rows, columns = member.moments[0].shape
+                total += muon.flops(math.prod(batch), rows, columns)
     return total
 
 

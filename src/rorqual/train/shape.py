@@ -34,6 +34,7 @@ class Shape:
     # with the expert-level loss
     balance: Literal["bias", "loss"] = "bias"
     balance_alpha: float | None = None  # 1e-4 with bias (V3), 0.003 with loss (V2)
+    attention: Literal["mla", "gqa"] | None = None  # the family's own; deepseek may take gqa, to compare
     kv_lora_rank: int | None = None  # half the width
     mtp: int = 0  # multi-token prediction modules
     tie_word_embeddings: bool = False
@@ -64,11 +65,13 @@ class Shape:
             if value is not None and value < 0:
                 raise ConfigError(f"shape.{name}={value}: must be 0 (off) or more")
         if self.family == "llama":
-            self._refuse(
-                "family='llama'", "experts", "experts_per_token", "balance", "balance_alpha", "kv_lora_rank"
-            )
+            names = ("experts", "experts_per_token", "balance", "balance_alpha", "kv_lora_rank", "attention")
+            self._refuse("family='llama'", *names)
         else:
-            self._refuse("family='deepseek'", "kv_heads")
+            if self.attention == "gqa":
+                self._refuse("attention='gqa'", "kv_lora_rank")
+            else:
+                self._refuse("family='deepseek'", "kv_heads")
             if self.experts and self.experts <= self.experts_per_token:
                 raise ConfigError(
                     f"shape.experts={self.experts}: must be more than experts_per_token={self.experts_per_token}, "
@@ -122,7 +125,8 @@ class Shape:
         }
         family = self._llama() if self.family == "llama" else self._deepseek()
         extensions = {k: getattr(self, k) for k in EXTENSIONS}
-        if any(extensions.values()) or (self.qk_norm and self.family == "deepseek"):
+        mixed = self.attention == "gqa"  # no published class has these experts on this attention
+        if any(extensions.values()) or mixed or (self.qk_norm and self.family == "deepseek"):
             family |= extensions | {"architecture": "RorqualForCausalLM"}
         return ModelConfig(**common, **family)
 
@@ -140,7 +144,7 @@ class Shape:
 
     def _deepseek(self) -> dict[str, Any]:
         size = self.hidden_size // self.num_heads
-        attention = {
+        attention: dict[str, Any] = {
             "architecture": "DeepseekV3ForCausalLM",
             "num_key_value_heads": self.num_heads,
             "kv_lora_rank": self.kv_lora_rank or max(self.hidden_size // 2, 32),
@@ -149,6 +153,8 @@ class Shape:
             "v_head_dim": size,
             "rope_interleave": True,
         }
+        if self.attention == "gqa":
+            attention = self._llama()
         if not self.experts:
             # All layers dense; transformers' class still wants the experts' keys.
             return {**attention, "first_k_dense_replace": self.depth}
@@ -161,7 +167,11 @@ class Shape:
             "norm_topk_prob": True,
         }
         if self.balance == "bias":
-            router = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "aux_loss_alpha": 1e-4}
+            router: dict[str, Any] = {
+                "scoring_func": "sigmoid",
+                "topk_method": "noaux_tc",
+                "aux_loss_alpha": 1e-4,
+            }
         else:
             router = {
                 "architecture": "DeepseekV2ForCausalLM",

@@ -19,7 +19,11 @@ class Speed:
         self.config, self.flops_per_step, self.peak_flops = config, flops_per_step, peak_flops
         self.before = 0.0  # seconds of a run that was resumed
         self._start = self._mark = time.perf_counter()
+        self._cpu = time.process_time()
         self._step = self._optimizer = 0.0
+        self.stepping = self.processor = (
+            0.0  # seconds in steps alone: of the clock, and of the processor's cores
+        )
 
     @property
     def seconds(self) -> float:
@@ -28,7 +32,7 @@ class Speed:
 
     def begin(self) -> None:
         """A step begins."""
-        self._mark = time.perf_counter()
+        self._mark, self._cpu = time.perf_counter(), time.process_time()
 
     def optimizer(self, seconds: float) -> None:
         """The update's part of the step under way."""
@@ -36,7 +40,10 @@ class Speed:
 
     def end(self) -> None:
         """The step has ended."""
-        self._step = _smooth(self._step, time.perf_counter() - self._mark)
+        took = time.perf_counter() - self._mark
+        self._step = _smooth(self._step, took)
+        self.stepping += took
+        self.processor += time.process_time() - self._cpu
 
     def figures(self, step: int) -> dict[str, Any]:
         """tokens_per_second, optimizer_share, eta_seconds, seconds, and mfu where the peak is known."""
@@ -46,6 +53,8 @@ class Speed:
             "optimizer_share": self._optimizer / each,
             "eta_seconds": each * (c.steps - step),
             "seconds": self.seconds,
+            "stepping_seconds": self.stepping,
+            "processor_seconds": self.processor,
         }
         if self.peak_flops:
             figures["mfu"] = self.flops_per_step / each / self.peak_flops

@@ -109,6 +109,7 @@ class Trainer:
         self.source.load_state_dict(saved.state["loader"])
         self.step, self.skipped = saved.step, int(saved.state["skipped"])
         self.speed.before = float(saved.state["seconds"])
+        self.speed.stepping, self.speed.processor = saved.state["stepping"]
 
     def save(self) -> Path:
         """Write a checkpoint of where the run is."""
@@ -116,6 +117,7 @@ class Trainer:
         state = {
             "skipped": self.skipped,
             "seconds": self.speed.seconds,
+            "stepping": [self.speed.stepping, self.speed.processor],
             "loader": self.source.state_dict(),
         }
         saved = checkpoint.Saved(self.step, tensors, state)
@@ -239,9 +241,10 @@ class Trainer:
                 + (" before the first checkpoint" if folder is None else " again after going back")
                 + "; lower the rates (optim.lr, optim.embedding_lr), or set dtype=float32"
             )
-        at, skipped, seconds, position = self.step, self.skipped, self.speed.before, self.source.state_dict()
+        at, skipped, speed, position = self.step, self.skipped, self.speed, self.source.state_dict()
+        seconds = speed.before, speed.stepping, speed.processor
         self.resume(folder)
-        self.skipped, self.speed.before = skipped, seconds
+        self.skipped, (speed.before, speed.stepping, speed.processor) = skipped, seconds
         self.source.load_state_dict(position)
         view.say(
             f"step {at}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row; back to step {self.step}, past "

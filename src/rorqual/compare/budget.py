@@ -1,0 +1,89 @@
+"""How much a comparison may cost: one size of model, the baseline's steps, and where the recipe's runs may lie."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from rorqual.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sizes of every run of a comparison. `steps` are the baseline's; the recipe runs its full schedule at
+    steps / f for f in `fractions`."""
+
+    name: str = "standard"
+    width: int = 64
+    depth: int = 3
+    heads: int = 2
+    seq_len: int = 128
+    batch_size: int = 16
+    steps: int = 1600
+    vocab_size: int = 2048
+    pool_mb: float = 40.0  # of text that the pool is built from
+    fractions: tuple[float, ...] = (1.5, 2, 3, 4, 5, 6, 8)
+    rates: tuple[float, ...] = (0.008, 0.016, 0.032)  # of the baseline's matrices
+    more_rates: int = 2  # further ones where the best lies at an end
+    seeds: int = 3
+    control_seeds: int = 3
+    eval_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in (
+            "width",
+            "depth",
+            "heads",
+            "seq_len",
+            "batch_size",
+            "steps",
+            "seeds",
+            "control_seeds",
+            "eval_rows",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"budget.{name}={getattr(self, name)}: must be 1 or more")
+        if not self.fractions or min(self.fractions) < 1 or list(self.fractions) != sorted(self.fractions):
+            raise ConfigError(f"budget.fractions={self.fractions}: must be 1 or more, the smallest first")
+        if self.control_seeds > self.seeds:
+            raise ConfigError(
+                f"budget.control_seeds={self.control_seeds}: must be at most seeds={self.seeds}"
+            )
+        if max(self.fractions) * 10 > self.steps:
+            raise ConfigError(
+                f"budget.steps={self.steps}: too few for a run of 1/{max(self.fractions):g} of them; at least "
+                f"{max(self.fractions) * 10:.0f}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.seq_len
+
+    def steps_at(self, fraction: float) -> int:
+        """The recipe's steps at 1/fraction of the baseline's."""
+        return max(1, round(self.steps / fraction))
+
+
+PRESETS = {
+    "quick": Budget(
+        "quick", steps=300, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), rates=(0.008, 0.016, 0.032), more_rates=1,
+        control_seeds=1, eval_rows=512,
+    ),
+    "standard": Budget(),
+}  # fmt: skip
+
+
+def budget(text: str, flops_per_step: float | None = None) -> Budget:
+    """A preset's name, or the FLOPs of one baseline run ('3e13') with the standard sizes. Raises ConfigError."""
+    if text in PRESETS:
+        return PRESETS[text]
+    try:
+        flops = float(text)
+    except ValueError:
+        raise ConfigError(
+            f"--budget {text}: must be {', '.join(PRESETS)} or the FLOPs of one baseline run, such as 3e13"
+        ) from None
+    assert flops_per_step is not None
+    return dataclasses.replace(
+        Budget(), name=f"{flops:.1e} FLOPs", steps=max(1, round(flops / flops_per_step))
+    )

@@ -1,0 +1,188 @@
+"""`rorqual compare`: how much less the DeepSeek-style recipe needs than a Llama-style baseline, on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+if TYPE_CHECKING:
+    from rorqual.compare.budget import Budget
+    from rorqual.compare.pool import Say
+    from rorqual.compare.report import Factor, Findings
+    from rorqual.compare.setting import Setting
+    from rorqual.compare.study import Match, Point, Study
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Train a tuned Llama-style baseline and the DeepSeek-style recipe on the same data, and report how much less the
+    recipe needs to reach the baseline's final held-out loss. Runs are kept in --out and never computed twice."""
+
+    budget: str = "quick"  # quick, standard, or the FLOPs of one baseline run (3e13)
+    out: Path = Path("runs/compare")
+    data: Path | None = None  # a folder of `rorqual data build`; built from `sources` otherwise
+    sources: tuple[str, ...] = ("python",)
+    without: tyro.conf.UseAppendAction[
+        tuple[str, ...]
+    ] = ()  # a part of the recipe to take out; `all`: each in turn
+    only: tyro.conf.UseAppendAction[
+        tuple[str, ...]
+    ] = ()  # a part to put alone on the baseline; `all`: each in turn
+    idea: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # KEY=VALUE on top of the recipe: your own
+    parts: tuple[str, ...] | None = None  # the recipe's parts, instead of its own
+    controls: bool = True  # the baseline with the tables, and under Muon
+    data_half: bool = False  # also: the same sources as they were found, against the pool as built
+    cache: bool = False  # also: loss beside cache bytes for multi-head, grouped-query and latent attention
+    width: int | None = None
+    depth: int | None = None
+    steps: int | None = None  # the baseline's
+    seeds: int | None = None
+    workers: int = 0  # runs at a time; 0: one a core
+
+
+def compare(argv: Sequence[str]) -> int:
+    options = tyro.cli(CompareOptions, args=list(argv), prog="rorqual compare")
+    from rich.console import Console
+
+    from rorqual.compare.pool import Pool, Stopped
+    from rorqual.compare.pools import built_pool
+    from rorqual.compare.report import summary, write
+    from rorqual.compare.study import Pools, Study
+    from rorqual.train.stop import exit_code
+
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    budget = sized(options)
+    built = options.data or built_pool(options.out / "data" / "built", budget, options.sources, say)
+    pool = Pool(options.workers or os.cpu_count() or 1, say)
+    try:
+        found = investigate(Study(budget, Pools(built, options.out / "runs"), pool), options, say)
+    except Stopped as e:
+        say(str(e))
+        return exit_code(e.signal)
+    found.seconds = pool.seconds
+    write(found, options.out)
+    print("\n".join(summary(found)))
+    print(f"report: {options.out / 'report.html'}")
+    return 0
+
+
+def investigate(study: Study, options: CompareOptions, say: Say) -> Findings:
+    """Everything that was asked for; what is found so far is written after each part."""
+    from rorqual.compare.pools import found_pool
+    from rorqual.compare.report import Findings, write
+    from rorqual.compare.setting import RECIPE, Setting, with_overrides
+
+    b = study.budget
+    found = Findings(b)
+    recipe = RECIPE if options.parts is None else Setting("recipe", options.parts)
+    recipe = with_overrides(recipe, options.idea)
+    say("the baseline's rate")
+    base, found.sweep = study.sweep()
+    say("the recipe against the baseline")
+    whole = study.match(recipe, base, b.seeds)
+    found.matches["architecture and training"] = whole
+    write(found, options.out)
+    for control in study.controls(base) if options.controls else ():
+        say(f"the recipe against the {control.name}")
+        found.matches[f"against the {control.name}"] = study.match(recipe, control, b.control_seeds)
+        write(found, options.out)
+    for part in chosen(options.without, recipe):
+        say(f"the recipe without {part}")
+        found.factors.append(without(study, recipe, part, whole))
+        write(found, options.out)
+    for part in chosen(options.only, recipe):
+        say(f"the baseline with {part} alone")
+        found.factors.append(only(study, base, part, whole))
+        write(found, options.out)
+    if options.cache:
+        say("loss beside cache")
+        found.caches = caches(study)
+    if options.data_half:
+        say("the pool as it was found")
+        pool = found_pool(options.out / "data" / "found", study.pools.built, b, options.sources, say)
+        found.matches["data alone"] = study.match(base, base, b.control_seeds, pool)
+        found.matches["architecture, training and data"] = study.match(recipe, base, b.control_seeds, pool)
+    return found
+
+
+def chosen(names: Sequence[str], recipe: Setting) -> Sequence[str]:
+    """The parts that an option names; `all` is every part of the recipe."""
+    return recipe.parts if "all" in names else names
+
+
+def without(study: Study, recipe: Setting, part: str, whole: Match) -> Factor:
+    """The recipe less a part, at the steps where the recipe passes (or its most): how many of those steps the part
+    saves, seed by seed."""
+    from rorqual.compare.report import Factor
+    from rorqual.compare.study import equivalent_steps
+
+    at = whole.passing or whole.runs[0]
+    point = study.point(recipe.without(part), at.steps, study.budget.control_seeds)
+    worth = [at.steps / equivalent_steps(loss, at.steps, whole.runs) for loss in point.losses]
+    return Factor(part, "without", worth, point)
+
+
+def only(study: Study, base: Setting, part: str, whole: Match) -> Factor:
+    """The baseline with one part, on its full schedule at half the steps: how many baseline steps it is worth."""
+    from rorqual.compare.report import Factor
+    from rorqual.compare.study import equivalent_steps
+
+    b = study.budget
+    steps = b.steps // 2
+    half = study.point(base, steps, b.control_seeds)
+    point = study.point(base.plus(f"baseline with {part}", (part,)), steps, b.control_seeds)
+    worth = [equivalent_steps(loss, steps, [half, whole.baseline]) / steps for loss in point.losses]
+    return Factor(part, "only", worth, point)
+
+
+def caches(study: Study) -> list[Point]:
+    """The recipe's dense core with keys and values of every head, of one head, and latents of three ranks."""
+    from rorqual.compare.setting import Setting
+
+    b = study.budget
+    core = ("muon", "wsd", "zero-output", "qk-norm")
+    head = b.width // b.heads
+    settings = [
+        Setting("multi-head", core),
+        Setting("one key-value head", core).at(shape__kv_heads=1),
+        *(
+            Setting(f"latent attention, rank {rank}", (*core, "mla")).at(shape__kv_lora_rank=rank)
+            for rank in (head // 2, head, 2 * head)
+        ),
+    ]
+    return [study.point(s, b.steps // 3, b.control_seeds) for s in settings]
+
+
+def sized(options: CompareOptions) -> Budget:
+    """The budget with the sizes that were asked for. Raises ConfigError for what cannot be."""
+    from rorqual.compare.budget import Budget, budget
+
+    changed = {
+        k: getattr(options, k)
+        for k in ("width", "depth", "steps", "seeds")
+        if getattr(options, k) is not None
+    }
+    if "seeds" in changed:
+        changed["control_seeds"] = min(options.seeds or 1, 3)
+    base = dataclasses.replace(Budget(), **{k: v for k, v in changed.items() if k in ("width", "depth")})
+    chosen = budget(options.budget, baseline_flops_per_step(base))
+    return dataclasses.replace(chosen, **changed)
+
+
+def baseline_flops_per_step(b: Budget) -> float:
+    """Model FLOPs of one baseline step."""
+    from rorqual.model.cost import cost
+    from rorqual.train.shape import Shape
+
+    shape = Shape("llama", b.depth, b.width, b.heads, zero_output=False)
+    return cost(shape.model(b.vocab_size, b.seq_len)).train_flops(b.seq_len) * b.tokens_per_step

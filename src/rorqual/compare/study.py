@@ -1,0 +1,158 @@
+"""The measure: how much less a setting needs to reach what another reaches.
+
+A baseline runs N steps. The recipe runs its *whole* schedule at N/1.5, N/2, N/3 …: the passing point is the smallest
+number of steps at which every one of its seeds reaches the baseline's final held-out loss (the mean of the baseline's
+seeds). Nothing is read off the middle of a curve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp, log
+from pathlib import Path
+from statistics import mean
+
+from rorqual.compare.budget import Budget
+from rorqual.compare.job import Job, Result
+from rorqual.compare.pool import Pool
+from rorqual.compare.setting import BASE, EQUAL_OPTIMIZER, EQUAL_PARAMETERS, Setting
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Where the training text lies, and whose held-out set judges all runs."""
+
+    built: Path
+    runs: Path
+    found: Path | None = None  # the pool as it was found
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting at one number of steps, all seeds."""
+
+    setting: str
+    steps: int
+    results: tuple[Result, ...]
+
+    @property
+    def losses(self) -> list[float]:
+        return [r.loss for r in self.results]
+
+    @property
+    def loss(self) -> float:
+        return mean(self.losses)
+
+    @property
+    def flops(self) -> float:
+        return self.results[0].flops
+
+    @property
+    def seconds(self) -> float:
+        return mean(r.wall_seconds for r in self.results)
+
+    @property
+    def bytes(self) -> float:
+        return mean(r.peak_bytes for r in self.results)
+
+    def reaches(self, target: float) -> bool:
+        """Whether every seed does."""
+        return max(self.losses) <= target
+
+
+@dataclass(frozen=True)
+class Match:
+    """One comparison: a baseline at its full steps, the recipe's runs, and where they pass (None: nowhere)."""
+
+    baseline: Point
+    runs: tuple[Point, ...]  # the most steps first
+    passing: Point | None
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """How many times less the recipe needs: tokens, FLOPs, seconds, memory."""
+        if self.passing is None:
+            return {}
+        b, p = self.baseline, self.passing
+        return {
+            "tokens": b.results[0].tokens / p.results[0].tokens,
+            "FLOPs": b.flops / p.flops,
+            "seconds": b.seconds / p.seconds,
+            "memory": b.bytes / p.bytes,
+        }
+
+
+class Study:
+    """Runs of one budget on one machine."""
+
+    def __init__(self, budget: Budget, pools: Pools, pool: Pool) -> None:
+        self.budget, self.pools, self.pool = budget, pools, pool
+
+    def point(self, setting: Setting, steps: int, seeds: int, data: Path | None = None) -> Point:
+        """Every seed of a setting at a number of steps."""
+        results = self.pool.all(self.job(setting, steps, seed, data) for seed in range(seeds))
+        return Point(setting.name, steps, tuple(results))
+
+    def job(self, setting: Setting, steps: int, seed: int, data: Path | None = None) -> Job:
+        """One run."""
+        return Job(
+            setting, self.budget, steps, seed, data or self.pools.built, self.pools.built, self.pools.runs
+        )
+
+    def sweep(self) -> tuple[Setting, list[tuple[float, Result]]]:
+        """The baseline at its best rate, and (rate, run) of all: further ones are tried while the best lies at an end."""
+        b = self.budget
+        rates, more = list(b.rates), b.more_rates
+        while True:
+            results = self.pool.all(self.job(BASE.at(optim__lr=rate), b.steps, 0) for rate in rates)
+            best = min(range(len(rates)), key=lambda i: results[i].loss)
+            if 0 < best < len(rates) - 1 or not more:
+                return BASE.at(optim__lr=rates[best]), list(zip(rates, results, strict=True))
+            rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+            more -= 1
+
+    def match(self, recipe: Setting, baseline: Setting, seeds: int, data: Path | None = None) -> Match:
+        """Where the recipe passes the baseline. `data`: the pool of the baseline, where it is another."""
+        base = self.point(baseline, self.budget.steps, seeds, data)
+        target = base.loss
+        runs: dict[float, Point] = {}
+
+        def passes(fraction: float) -> bool:
+            runs[fraction] = self.point(recipe, self.budget.steps_at(fraction), seeds)
+            return runs[fraction].reaches(target)
+
+        best = last_passing(self.budget.fractions, passes)
+        points = tuple(runs[f] for f in sorted(runs))
+        return Match(base, points, None if best is None else runs[best])
+
+    def controls(self, baseline: Setting) -> list[Setting]:
+        """The baseline with the recipe's tables, and under its optimizer: each at the swept rate where it keeps it."""
+        return [
+            Setting(EQUAL_PARAMETERS.name, EQUAL_PARAMETERS.parts, baseline.more),
+            EQUAL_OPTIMIZER,  # Muon's rate is its own
+        ]
+
+
+def last_passing(fractions: Sequence[float], passes: Callable[[float], bool]) -> float | None:
+    """The largest fraction that passes, taking it that a smaller one then passes as well: from the middle outwards, so
+    that the long runs at small fractions are spared where they can be."""
+    low, high = -1, len(fractions)  # low passes (or is none), high does not (or is none)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if passes(fractions[middle]):
+            low = middle
+        else:
+            high = middle
+    return None if low < 0 else fractions[low]
+
+
+def equivalent_steps(loss: float, at: int, reference: Sequence[Point]) -> float:
+    """How many steps the reference would need for a loss, by a line through its points over log steps (two or more);
+    `at` is where the loss was reached, and the answer where the reference has one point only."""
+    points = sorted((log(p.steps), p.loss) for p in reference)
+    if len(points) < 2:
+        return float(at)
+    mx, my = mean(x for x, _ in points), mean(y for _, y in points)
+    slope = sum((x - mx) * (y - my) for x, y in points) / sum((x - mx) ** 2 for x, _ in points)
+    return exp(mx + (loss - my) / slope)

@@ -1,0 +1,134 @@
+"""The measure: where the recipe passes, on results whose answer is known by arithmetic."""
+
+import dataclasses
+from collections.abc import Iterable
+from math import log2
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rorqual.compare.budget import PRESETS, Budget, budget
+from rorqual.compare.job import Job, Result
+from rorqual.compare.report import Findings, page, summary
+from rorqual.compare.setting import BASE, RECIPE, Setting
+from rorqual.compare.study import Pools, Study, equivalent_steps, last_passing
+from rorqual.errors import ConfigError
+
+SMALL = Budget("test", steps=640, seeds=3, control_seeds=2, fractions=(2, 4, 8), rates=(0.01, 0.02, 0.04))
+
+
+def result(job: Job, loss: float) -> Result:
+    return Result(
+        job.setting.name, job.steps, job.seed, loss, loss / 3, job.steps * 10, job.steps * 1e6, job.steps * 1e4,
+        job.steps * 0.1, job.steps * 0.1, 10**8, 1000, 900, 50, 64, [[job.steps, loss]],
+        f"{job.setting.name}{job.steps}{job.seed}",
+    )  # fmt: skip
+
+
+class Law:
+    """A pool whose runs obey a law: 1/3 nat less for each doubling of steps, the recipe as if it had `gain` times more;
+    the baseline is best at a rate of 0.02 and each factor of two from it costs 0.1."""
+
+    def __init__(self, gain: float, noise: float = 0.0, best: float = 0.02) -> None:
+        self.gain, self.noise, self.best = gain, noise, best
+        self.asked: list[Job] = []
+
+    def all(self, jobs: Iterable[Job]) -> list[Result]:
+        found = []
+        for job in jobs:
+            self.asked.append(job)
+            steps = job.steps * (self.gain if job.setting.name == "recipe" else 1.0)
+            rate = dict(job.setting.more).get("optim.lr", self.best)
+            loss = 7 - log2(steps) / 3 + 0.1 * abs(log2(rate / self.best)) + self.noise * (job.seed - 1)
+            found.append(result(job, loss))
+        return found
+
+
+def study(law: Any, budget: Budget = SMALL) -> Study:
+    return Study(budget, Pools(Path("built"), Path("runs")), law)
+
+
+@pytest.mark.parametrize(("gain", "passing"), [(1.5, None), (2.01, 320), (4.5, 160), (7.9, 160), (8.1, 80)])
+def test_the_passing_point_is_the_fewest_steps_that_reach_the_loss(gain: float, passing: int | None) -> None:
+    found = study(Law(gain)).match(RECIPE, BASE, 3)
+    assert (found.passing and found.passing.steps) == passing
+    if passing:
+        assert found.factors["tokens"] == pytest.approx(640 / passing)
+        assert found.factors["FLOPs"] == pytest.approx(640 / passing)
+
+
+def test_one_seed_that_misses_the_loss_fails_the_point() -> None:
+    """Mean loss of the baseline's seeds is the target; the recipe's worst seed at 160 steps is 0.05 above it."""
+    assert study(Law(4.1, noise=0.1)).match(RECIPE, BASE, 3).passing.steps == 320  # type: ignore[union-attr]
+
+
+def test_the_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
+    base, runs = study(Law(1, best=0.16)).sweep()
+    assert [rate for rate, _ in runs] == [0.01, 0.02, 0.04, 0.08, 0.16]
+    assert dict(base.more)["optim.lr"] == 0.16
+    base, runs = study(Law(1)).sweep()
+    assert dict(base.more)["optim.lr"] == 0.02
+    assert len(runs) == 3
+
+
+def test_long_runs_are_spared() -> None:
+    law = Law(16)
+    study(law).match(RECIPE, BASE, 1)
+    assert {j.steps for j in law.asked if j.setting is RECIPE} == {160, 80}
+
+
+def test_last_passing_on_every_threshold() -> None:
+    fractions = (1, 2, 3, 4, 6, 8)
+    for limit in range(10):
+        expected = max((f for f in fractions if f <= limit), default=None)
+        assert last_passing(fractions, lambda f, limit=limit: f <= limit) == expected
+
+
+def test_equivalent_steps_reads_the_line_over_log_steps() -> None:
+    points = [SimpleNamespace(steps=100, loss=4.0), SimpleNamespace(steps=200, loss=3.5)]
+    assert equivalent_steps(3.0, 77, points) == pytest.approx(400)  # type: ignore[arg-type]
+    assert equivalent_steps(3.0, 77, points[:1]) == 77  # type: ignore[arg-type]
+
+
+def test_the_page_and_the_summary_tell_the_factors() -> None:
+    s = study(Law(4.5))
+    found = Findings(SMALL, matches={"architecture and training": s.match(RECIPE, BASE, 3)})
+    assert "4.00x fewer FLOPs" in summary(found)[0]
+    assert "4.0x" in page(found)
+    assert "passes: " in page(found)
+    missed = Findings(SMALL, matches={"it": study(Law(1)).match(RECIPE, BASE, 3)})
+    assert "does not within the steps tried" in summary(missed)[0]
+    assert "not passed" in page(missed)
+    assert found.tree()["matches"]["architecture and training"]["passing_steps"] == 160
+
+
+def test_budgets() -> None:
+    assert budget("quick") is PRESETS["quick"]
+    assert budget("1e12", 1e9).steps == 1000
+    with pytest.raises(ConfigError, match="--budget fast"):
+        budget("fast", 1e9)
+    with pytest.raises(ConfigError, match="too few"):
+        dataclasses.replace(SMALL, steps=70)
+    with pytest.raises(ConfigError, match="the smallest first"):
+        dataclasses.replace(SMALL, fractions=(4, 2))
+
+
+def test_a_job_is_known_by_all_that_its_result_depends_on(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(name)
+    job = Job(BASE, SMALL, 10, 0, tmp_path / "a", tmp_path / "a", tmp_path)
+    others = [
+        dataclasses.replace(job, setting=BASE.at(optim__lr=0.5)),
+        dataclasses.replace(job, steps=11),
+        dataclasses.replace(job, seed=1),
+        dataclasses.replace(job, data=tmp_path / "b"),
+        dataclasses.replace(job, target=tmp_path / "b"),
+        dataclasses.replace(job, budget=dataclasses.replace(SMALL, width=128)),
+        dataclasses.replace(job, setting=Setting("baseline", ("muon",))),
+    ]
+    outs = {j.config.out for j in [job, *others]}
+    assert len(outs) == 1 + len(others)
+    assert dataclasses.replace(job, setting=Setting("baseline")).config.out == job.config.out
