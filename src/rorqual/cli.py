@@ -50,6 +50,11 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(
         "rorqual.compare.command", "compare", "how much less the recipe needs than a Llama-style baseline"
     ),
+    "scaling": Command(
+        "rorqual.compare.command",
+        "scaling",
+        "loss against compute over a ladder of runs, and what it predicts",
+    ),
     "serve": Command(
         "rorqual.server.command",
         "serve",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from rorqual.errors import ConfigError
+
 if TYPE_CHECKING:
     from rorqual.compare.budget import Budget
     from rorqual.compare.pool import Say
@@ -186,3 +188,62 @@ def baseline_flops_per_step(b: Budget) -> float:
 
     shape = Shape("llama", b.depth, b.width, b.heads, zero_output=False)
     return cost(shape.model(b.vocab_size, b.seq_len)).train_flops(b.seq_len) * b.tokens_per_step
+
+
+@dataclass(frozen=True)
+class ScalingOptions:
+    """Fit loss against compute for the baseline and the recipe over a ladder of small runs; the largest rung is held
+    back, predicted, and then run."""
+
+    out: Path = Path("runs/scaling")
+    data: Path | None = None
+    sources: tuple[str, ...] = ("python",)
+    rungs: int = 4
+    width: int = 32  # of the smallest rung
+    ratio: float = 1.41  # of one rung's width to the one below
+    steps: int = 400  # of the smallest rung; more with the square of the width
+    fraction: float = 4.0  # the recipe runs 1/fraction of the baseline's steps
+    lr: float = 0.016  # of the baseline's matrices; `rorqual compare` sweeps it
+    seeds: int = 2
+    workers: int = 0
+
+
+def scaling(argv: Sequence[str]) -> int:
+    options = tyro.cli(ScalingOptions, args=list(argv), prog="rorqual scaling")
+    if options.rungs < 3:
+        raise ConfigError(f"--rungs {options.rungs}: must be 3 or more: two for the line and one to judge it")
+    if options.ratio <= 1:
+        raise ConfigError(f"--ratio {options.ratio}: must be above 1")
+    from rich.console import Console
+
+    from rorqual.compare.budget import Budget
+    from rorqual.compare.pool import Pool, Stopped
+    from rorqual.compare.pools import built_pool
+    from rorqual.compare.scaling import Ladder, ladder, summary, write
+    from rorqual.compare.setting import BASE, RECIPE
+    from rorqual.compare.study import Pools, Study
+    from rorqual.train.stop import exit_code
+
+    console = Console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    bottom = Budget("ladder", width=options.width, steps=options.steps, seeds=options.seeds, control_seeds=1)
+    built = options.data or built_pool(options.out / "data" / "built", bottom, options.sources, say)
+    pool = Pool(options.workers or os.cpu_count() or 1, say)
+    ladders = []
+    try:
+        for setting, share in ((BASE.at(optim__lr=options.lr), 1.0), (RECIPE, options.fraction)):
+            points = []
+            for rung in ladder(bottom, options.rungs, options.ratio):
+                study = Study(rung, Pools(built, options.out / "runs"), pool)
+                points.append(study.point(setting, rung.steps_at(share), options.seeds))
+            ladders.append(Ladder(setting.name, tuple(points)))
+    except Stopped as e:
+        say(str(e))
+        return exit_code(e.signal)
+    write(ladders, options.out)
+    print("\n".join(summary(ladders)))
+    print(f"report: {options.out / 'scaling.html'}")
+    return 0
