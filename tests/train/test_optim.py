@@ -187,6 +187,7 @@ def test_clipping_bounds_the_norm_and_leaves_what_is_not_finite() -> None:
     assert torch.equal(params[1].grad, kept)
 
 
-def test_orthogonalisation_flops_by_hand() -> None:
-    """5 steps of two products r x r x c each way and one r x r x r."""
-    assert flops(Optimizer(parameters((4, 6)), Optim())) == 5 * (2 * 4 * 4 * 6 * 2 + 2 * 4**3)
+def test_update_flops_by_hand() -> None:
+    """Muon: 5 steps of two products r x r x c each way and one r x r x r, and 19 operations an element; AdamW: 14."""
+    assert flops(Optimizer(parameters((4, 6)), Optim())) == 5 * (2 * 4 * 4 * 6 * 2 + 2 * 4**3) + 19 * 24
+    assert flops(Optimizer(parameters((4, 6)), Optim("adamw"))) == 14 * 24

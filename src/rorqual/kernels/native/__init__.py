@@ -37,6 +37,8 @@ _SIGNATURES = {
     "gqa": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "rms_norm": [_P, _I, _P, _I, _I, _F, _P, _I],
     "rope": [_P, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _I],
+    "gated": [_P, _P, _I, _I, _I, _I, _P, _I],
+    "gated_back": [_P, _P, _I, _I, _P, _P, _I, _I, _P, _P, _I, _P, _P, _I],
 }
 
 
@@ -57,6 +59,8 @@ class Native:
     gqa: ctypes._NamedFuncPointer
     rms_norm: ctypes._NamedFuncPointer
     rope: ctypes._NamedFuncPointer
+    gated: ctypes._NamedFuncPointer
+    gated_back: ctypes._NamedFuncPointer
 
     def use(self, isa: str) -> bool:
         """Run another variant from now on; False where this processor cannot."""

@@ -76,3 +76,15 @@ EXPORT void rorqual_rope(const void* x, int64_t type, int64_t token_stride, int6
     active->rope(x, type, token_stride, head_stride, (const float*)cosine, (const float*)sine, n, heads, width,
                  interleaved, y, (int)threads);
 }
+
+EXPORT void rorqual_gated(const void* gate, const void* up, int64_t type, int64_t stride, int64_t n, int64_t width,
+                          void* out, int64_t threads) {
+    active->gated(gate, up, type, stride, n, width, out, (int)threads);
+}
+
+EXPORT void rorqual_gated_back(const void* gate, const void* up, int64_t type, int64_t stride, const void* grad,
+                               const void* by, int64_t n, int64_t width, void* dgate, void* dup, int64_t dstride,
+                               void* scaled, void* dots, int64_t threads) {
+    active->gated_back(gate, up, type, stride, grad, (const float*)by, n, width, dgate, dup, dstride, scaled,
+                       (float*)dots, (int)threads);
+}

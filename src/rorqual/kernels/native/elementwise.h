@@ -18,6 +18,13 @@ inline void put_any(void* y, int64_t type, int64_t i, float value) {
     ((uint16_t*)y)[i] = rounded[0];
 }
 
+inline void put(void* y, int64_t type, int64_t i, F value) {
+    if (type == FLOAT32)
+        store((float*)y + i, value);
+    else
+        store_bf16((uint16_t*)y + i, value);
+}
+
 inline F through(int64_t type, F x) {
     if (type == FLOAT32) return x;
     uint16_t rounded[16];
@@ -39,10 +46,7 @@ void rms_norm(const void* x, int64_t type, const void* w, int64_t n, int64_t wid
         const float by = 1.0f / std::sqrt(total / (float)width + eps);
         for (int64_t c = 0; c < whole; c += 16) {
             const F v = mul(through(type, mul(load_any(x, type, at + c), set1(by))), load_any(w, type, c));
-            if (type == FLOAT32)
-                store((float*)y + at + c, v);
-            else
-                store_bf16((uint16_t*)y + at + c, v);
+            put(y, type, at + c, v);
         }
         for (int64_t c = whole; c < width; c++) {
             float normed[16];
@@ -61,7 +65,14 @@ void rope(const void* x, int64_t type, int64_t token_stride, int64_t head_stride
     for (int64_t i = 0; i < n * heads; i++) {
         const int64_t from = i / heads * token_stride + i % heads * head_stride, to = i * width;
         const float *c = cosine + i / heads * half, *s = sine + i / heads * half;
-        for (int64_t j = 0; j < half; j++) {
+        int64_t j = 0;
+        for (; !interleaved && j + 16 <= half; j += 16) {
+            const F a = load_any(x, type, from + j), b = load_any(x, type, from + j + half);
+            const F cj = load(c + j), sj = load(s + j);
+            put(y, type, to + j, sub(mul(a, cj), mul(b, sj)));
+            put(y, type, to + j + half, add(mul(b, cj), mul(a, sj)));
+        }
+        for (; j < half; j++) {
             const float a = one(x, type, from + j * step), b = one(x, type, from + j * step + apart);
             put_any(y, type, to + j * step, a * c[j] - b * s[j]);
             put_any(y, type, to + j * step + apart, b * c[j] + a * s[j]);

@@ -47,6 +47,11 @@ struct Kernels {
                      int threads);
     void (*rope)(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const float* cosine,
                  const float* sine, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads);
+    void (*gated)(const void* gate, const void* up, int64_t type, int64_t stride, int64_t n, int64_t width, void* out,
+                  int threads);
+    void (*gated_back)(const void* gate, const void* up, int64_t type, int64_t stride, const void* grad,
+                       const float* by, int64_t n, int64_t width, void* dgate, void* dup, int64_t dstride,
+                       void* scaled, float* dots, int threads);
 };
 
 extern const Kernels kernels_portable;

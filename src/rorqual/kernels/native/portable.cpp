@@ -4,5 +4,6 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "gated.h"
 
-extern const Kernels kernels_portable = {"portable", linear, experts, mla, gqa, rms_norm, rope};
+extern const Kernels kernels_portable = {"portable", linear, experts, mla, gqa, rms_norm, rope, gated, gated_back};
