@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rorqual.engine.request import SamplingParams
-from rorqual.engine.sampler import keep, sample, shape, uniform
+from rorqual.engine.sampler import keep, sample, sample_rows, shape, uniform
 from rorqual.errors import RequestError
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
@@ -120,3 +120,22 @@ def test_values_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(RequestError) as e:
         SamplingParams(**{field: value})
     assert e.value.param == field
+
+
+def test_rows_drawn_together_are_those_drawn_alone() -> None:
+    logits = torch.randn(40, 17, generator=torch.Generator().manual_seed(5)) * 3
+    params = [
+        SamplingParams(temperature=(0.0, 0.7, 1.0)[i % 3], top_k=2 * (i % 10 == 9), logprobs=(None, 0)[i % 2])
+        for i in range(40)
+    ]
+    together = sample_rows(logits, params, list(range(40)), [3 * i for i in range(40)])
+    for i, (row, found) in enumerate(zip(logits, together, strict=True)):
+        token, logprob = sample(row, params[i], [], [0] * i, 3 * i)
+        if params[i].top_k:
+            assert found is None
+            continue
+        assert found is not None
+        assert found[0] == token
+        assert (found[1] is None) == (logprob is None)
+        if logprob is not None and found[1] is not None:
+            assert found[1].logprob == pytest.approx(logprob.logprob, abs=1e-6)

@@ -15,7 +15,7 @@ from rorqual.engine.config import EngineConfig
 from rorqual.engine.quantised import is_packed
 from rorqual.engine.request import Delta, EngineStats, FinishReason, Request, TokenLogprob
 from rorqual.engine.runner import Runner
-from rorqual.engine.sampler import sample, top_logprobs
+from rorqual.engine.sampler import sample, sample_rows, top_logprobs
 from rorqual.engine.scheduler import Scheduler, Work
 from rorqual.engine.sequence import Sequence
 from rorqual.engine.stop import StopChecker
@@ -152,10 +152,24 @@ class Engine:
                 self._score_prompt(work, h[end - work.count : end])
             if not work.last:
                 self.scheduler.computed(work)
-        counts = [w.guesses + 1 for w, _ in ready]  # before any draw adds to a sequence
-        for (work, _), part in zip(ready, logits.split(counts) if logits is not None else (), strict=True):
-            deltas.append(self._draw(work, part))
+        if logits is not None:
+            deltas += self._draw_all([w for w, _ in ready], logits)
         return deltas
+
+    def _draw_all(self, works: list[Work], logits: Tensor) -> list[Delta]:
+        """The next tokens of all; where nothing is guessed, rows that ask for plain sampling are drawn together."""
+        counts = [w.guesses + 1 for w in works]  # before any draw adds to a sequence
+        drawn: list[tuple[int, TokenLogprob | None] | None] = [None] * len(works)
+        if len(logits) == len(works) and bool(logits.isfinite().all()):
+            sequences = [w.sequence for w in works]
+            drawn = sample_rows(
+                logits,
+                [s.request.params for s in sequences],
+                [s.generated for s in sequences],
+                [s.seed for s in sequences],
+            )
+        parts = logits.split(counts)
+        return [self._draw(w, part, first) for w, part, first in zip(works, parts, drawn, strict=True)]
 
     def stats(self) -> EngineStats:
         s = self.scheduler
@@ -201,10 +215,11 @@ class Engine:
         if not self._sequences:
             assert self.pool.used == 0
 
-    def _draw(self, work: Work, logits: Tensor) -> Delta:
-        """Draw the next token, and further ones as long as the guesses [G] before them were right; logits [G + 1, V]."""
+    def _draw(self, work: Work, logits: Tensor, first: tuple[int, TokenLogprob | None] | None) -> Delta:
+        """Draw the next token, where `first` has not done so, and further ones as long as the guesses [G] before them
+        were right; logits [G + 1, V]."""
         sequence, guesses = work.sequence, work.sequence.draft[: work.guesses]
-        delta = self._advance(sequence, logits[0])
+        delta = self._advance(sequence, logits[0], first)
         right = 0
         while right < len(guesses) and not delta.finish_reason and delta.token_ids[-1] == guesses[right]:
             right += 1
@@ -213,16 +228,18 @@ class Engine:
             self.scheduler.computed(work, wrong=len(guesses) - right)
         return delta
 
-    def _advance(self, sequence: Sequence, logits: Tensor) -> Delta:
-        """Draw one token and say what is new."""
+    def _advance(
+        self, sequence: Sequence, logits: Tensor, drawn: tuple[int, TokenLogprob | None] | None = None
+    ) -> Delta:
+        """Draw one token, unless it is drawn already, and say what is new."""
         params = sequence.request.params
-        if not logits.isfinite().all():
+        if drawn is None and not logits.isfinite().all():
             return self._finish(
                 sequence, "error", error="the model gave non-finite logits: its weights or dtype overflow"
             )
         if sequence.max_tokens == 0:
             return self._finish(sequence, "length")
-        token, logprob = sample(
+        token, logprob = drawn or sample(
             logits, params, sequence.request.prompt_ids, sequence.completion, sequence.seed
         )
         sequence.tokens.append(token)

@@ -41,19 +41,58 @@ def sample(
     return token, _logprob(kept.log_softmax(-1), token, params.logprobs)
 
 
+def sample_rows(
+    logits: Tensor, params: Sequence[SamplingParams], indices: Sequence[int], seeds: Sequence[int]
+) -> list[tuple[int, TokenLogprob | None] | None]:
+    """`sample` for the rows [M, V] that ask for nothing but a temperature, all at once; None for the others.
+
+    `indices` count the tokens that each row's completion has. The draws are those of `sample`.
+    """
+    drawn: list[tuple[int, TokenLogprob | None] | None] = [None] * len(params)
+    rows = [i for i, p in enumerate(params) if _only_temperature(p)]
+    if len(rows) < 2:
+        return drawn
+    picked = logits if len(rows) == len(params) else logits[rows]
+    heat = torch.tensor([params[i].temperature for i in rows])
+    greedy = heat < GREEDY_BELOW
+    scores = picked / torch.where(greedy, 1.0, heat)[:, None]
+    cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
+    points = torch.tensor([uniform(seeds[i], indices[i]) for i in rows], dtype=torch.float64)
+    found = torch.searchsorted(cumulative, points[:, None] * cumulative[:, -1:], right=True)
+    tokens = torch.where(greedy, picked.argmax(-1), found[:, 0].clamp(max=logits.shape[1] - 1))
+    ids = tokens.tolist()
+    if any(params[i].logprobs is not None for i in rows):
+        chosen = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
+    else:
+        chosen = [0.0] * len(rows)
+    for i, token, logprob in zip(rows, ids, chosen, strict=True):
+        drawn[i] = token, None if params[i].logprobs is None else TokenLogprob(token, logprob)
+    return drawn
+
+
+def _only_temperature(params: SamplingParams) -> bool:
+    return (
+        _plain(params) and not (params.top_k or params.logprobs) and params.top_p == 1 and params.min_p == 0
+    )
+
+
+def _plain(params: SamplingParams) -> bool:
+    """Whether nothing changes the logits before they are scaled."""
+    return (
+        not params.logit_bias
+        and params.mask is None
+        and params.frequency_penalty == params.presence_penalty == 0
+        and params.repetition_penalty == 1
+    )
+
+
 def shape(logits: Tensor, params: SamplingParams, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
     """Bias, grammar and penalties; a copy where anything changes.
 
     frequency and presence: logit - count * frequency - (count > 0) * presence over the completion (OpenAI's formula);
     repetition: divided where positive, multiplied where negative, over prompt and completion (arXiv 1909.05858).
     """
-    plain = (
-        not params.logit_bias
-        and params.mask is None
-        and params.frequency_penalty == params.presence_penalty == 0
-        and params.repetition_penalty == 1
-    )
-    if plain:
+    if _plain(params):
         return logits
     logits = logits.clone()
     if params.logit_bias:
