@@ -1,0 +1,1 @@
+"""Reinforcement learning on answers that a program can check."""
