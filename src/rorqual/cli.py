@@ -55,6 +55,7 @@ COMMANDS: dict[str, Command] = {
         "scaling",
         "loss against compute over a ladder of runs, and what it predicts",
     ),
+    "rl": Command("rorqual.rl.command", "rl", "make a model better at problems that a program can check"),
     "serve": Command(
         "rorqual.server.command",
         "serve",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,6 +39,13 @@ FREE = frozenset({
     "out", "device", "stop_at", "save_every", "keep", "log_every", "tensorboard", "eval_every", "eval_rows",
     "sample_every", "compile",
 })  # fmt: skip
+
+
+class Settled(Protocol):
+    """A config of a run folder, a frozen dataclass."""
+
+    @property
+    def out(self) -> Path: ...
 
 
 def train(config: TrainConfig, resume: bool = False, show: View | None = None) -> Result:
@@ -146,14 +153,14 @@ def begin_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 HEAD_SCALE = 0.1  # a head that starts near nothing predicts evenly, and its first steps do not undo noise
 
 
-def settle(config: TrainConfig, resume: bool) -> None:
+def settle(config: Settled, resume: bool, free: frozenset[str] = FREE) -> None:
     """Write run.json, or compare it: a resumed run keeps what its curve depends on. Raises RunError naming the key."""
     path = config.out / "run.json"
     tree = json.loads(json.dumps(to_dict(config)))
     if resume and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         for key, old, new in _differences(before, tree):
-            if key not in FREE:
+            if key not in free:
                 raise RunError(f"--resume: {key}={new!r}, but the run was started with {old!r}; keep it")
     write_whole(path, json.dumps(tree, indent=1) + "\n")
 

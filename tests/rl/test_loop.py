@@ -1,0 +1,177 @@
+"""Whole runs: they resume to the bit, stop within a step, and come back from a collapse."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rorqual.checkpoint.tensors import TensorFile
+from rorqual.errors import ConfigError, NumericsError, RunError
+from rorqual.rl.config import Guard, RLConfig, Sampling, TaskMix
+from rorqual.rl.run import reinforce
+from rorqual.train.metrics import read
+from rorqual.train.trainer import Result
+from rorqual.verify.outcome import RIGHT, Outcome, grader_failed, wrong
+from rorqual.verify.sums import Sums
+
+Make = Callable[..., RLConfig]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        file = TensorFile(path)
+        found |= {f"{path.name}/{n}": file.read(n) for n in file.entries}
+    return found
+
+
+def assert_same(a: Result, b: Result) -> None:
+    ours, theirs = tensors(a.folder), tensors(b.folder)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+@pytest.fixture
+def generous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict that a model of nothing meets half of the time, so that groups are live."""
+
+    def judge(self: Sums, problem: Any, completion: str) -> Outcome:
+        return RIGHT if len(completion) % 2 == 0 else wrong("odd")
+
+    monkeypatch.setattr(Sums, "judge", judge)
+
+
+@pytest.mark.usefixtures("generous")
+@pytest.mark.parametrize("at", [2, 4, 5])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    make_config: Make, make_view: Any, tmp_path: Path, at: int
+) -> None:
+    """Stopped by a signal in the cold start, and twice in reinforcement."""
+    whole = reinforce(make_config(out=tmp_path / "whole"), show=make_view())
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = make_config(out=tmp_path / "parts")
+    first = reinforce(config, show=make_view(stop))
+    assert first.stopped == signal.SIGTERM
+    assert first.step == at
+    rest = reinforce(config, resume=True, show=make_view())
+    assert rest.stopped is None
+    assert_same(whole, rest)
+    ours = [(x["step"], x.get("reward"), x.get("accuracy")) for x in read(tmp_path / "whole")]
+    assert ours == [(x["step"], x.get("reward"), x.get("accuracy")) for x in read(tmp_path / "parts")]
+
+
+@pytest.mark.usefixtures("generous")
+def test_a_run_shows_what_matters_and_never_its_loss(make_config: Make, silent: Any) -> None:
+    config = make_config()
+    reinforce(config, show=silent)
+    line = next(x for x in silent.lines if x["phase"] == "reinforcement")
+    for key in ("reward", "live", "length", "entropy", "mismatch", "truncated", "grader_failed"):
+        assert key in line
+    assert not [k for k in line if "loss" in k]
+    assert line["rollout_samples"][0]["verdict"] in ("right", "wrong")
+    assert line["mismatch"] < 1e-6
+    end = silent.lines[-1]
+    assert end["accuracy_low"] <= end["accuracy"] <= end["accuracy_high"]
+    page = (config.out / "report.html").read_text(encoding="utf-8")
+    assert "held-out accuracy" in page
+    assert "loss of" not in page.lower()
+
+
+def test_groups_of_equals_are_drawn_again_and_not_learnt_from(make_config: Make, silent: Any) -> None:
+    """A model of nothing gets all wrong: no group teaches, the weights stay, the run goes on."""
+    reinforce(make_config(steps=2), show=silent)
+    line = next(x for x in silent.lines if x["phase"] == "reinforcement")
+    assert line["live"] == 0
+    assert line["learnt_groups"] == 0
+    assert line["rollouts"] == 2 * 4 * 4  # the first draw and one refill
+
+
+def test_what_the_grader_cannot_judge_is_left_out(
+    make_config: Make, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macanderson/stella#3264: not a reward of 0, and the share is shown."""
+    monkeypatch.setattr(Sums, "judge", lambda self, p, c: grader_failed("slow"))
+    reinforce(make_config(steps=1), show=silent)
+    line = next(x for x in silent.lines if x["phase"] == "reinforcement")
+    assert line["grader_failed"] == pytest.approx(
+        1.0, abs=0.5
+    )  # empty completions are wrong without a grader
+
+
+@pytest.mark.usefixtures("generous")
+def test_a_collapse_rolls_back_at_a_lower_rate(
+    make_config: Make, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def collapsed(self: Any, reward: float, live: float) -> bool:
+        self.reward = self.best = 1.0
+        asked.append(reward)
+        return len(asked) == 3
+
+    monkeypatch.setattr("rorqual.rl.guard.Watch.collapsed", collapsed)
+    reinforce(make_config(steps=4, save_every=1), show=silent)
+    assert any("collapsed; back to the weights of step 5, at 0.5 of the rate" in s for s in silent.said)
+    rates = [x["rate"] for x in silent.lines if "rate" in x]
+    assert rates[-1] == pytest.approx(0.5e-4)
+
+
+@pytest.mark.usefixtures("generous")
+def test_a_collapse_with_nowhere_to_go_ends_the_run(
+    make_config: Make, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def collapsed(self: Any, reward: float, live: float) -> bool:
+        self.reward, self.live = reward, live
+        return True
+
+    monkeypatch.setattr("rorqual.rl.guard.Watch.collapsed", collapsed)
+    with pytest.raises(NumericsError, match="lower lr"):
+        reinforce(make_config(guard=Guard(most=0)), show=silent)
+
+
+def test_a_used_folder_and_a_changed_resume_are_refused(make_config: Make, silent: Any) -> None:
+    config = make_config(steps=1)
+    reinforce(config, show=silent)
+    with pytest.raises(RunError, match="--resume"):
+        reinforce(config, show=silent)
+    with pytest.raises(RunError, match="lr"):
+        reinforce(make_config(steps=1, lr=1.0), resume=True, show=silent)
+
+
+def test_held_out_problems_are_never_trained_on(make_config: Make) -> None:
+    from rorqual.rl.problems import Mix
+
+    mix = Mix((TaskMix(),), [Sums()], 0, 64)
+    held = {p.problem.key for p in mix.held_out["sums"]}
+    assert not held & {mix.at(i, 0.0).problem.key for i in range(500)}
+
+
+def test_difficulty_rises_and_families_mix_by_weight() -> None:
+    mix = TaskMix(difficulty=0, difficulty_end=4, ramp=0.5)
+    assert [mix.difficulty_at(s) for s in (0, 0.25, 0.5, 1.0)] == [0, 2, 4, 4]
+    assert TaskMix().difficulty_at(0.5) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lr": 0.0}, "lr"),
+        ({"tasks": ()}, "tasks"),
+        ({"updates": 99}, "updates"),
+        ({"tasks": (TaskMix(), TaskMix())}, "twice"),
+    ],
+)
+def test_contradictions_are_named(make_config: Make, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make_config(**changes)
+    with pytest.raises(ConfigError, match="temperature"):
+        Sampling(temperature=0.0)
