@@ -12,6 +12,7 @@ from rorqual.engine.request import Delta, Request, SamplingParams
 from rorqual.errors import CapacityError, ConfigError, RequestError
 from rorqual.model.attend import Causal
 from rorqual.model.cost import cost
+from rorqual.model.moe import Routing
 from rorqual.model.transformer import Transformer
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
@@ -326,3 +327,28 @@ def test_random_traffic_leaves_nothing_behind(models: dict[str, Transformer], co
     rest = finish(engine)
     assert {r for r, ds in rest.items() if ds[-1].finish_reason} >= open_
     assert engine.pool.used == 0
+
+
+def test_the_experts_of_every_token_come_back(models: dict[str, Transformer]) -> None:
+    """Those that the model chooses for the same tokens in one pass, whether computed anew, in chunks or found cached."""
+    model = models["mla"]
+    engine = Engine(
+        model, None, EngineConfig(block_size=4, cache_tokens=256, max_num_seqs=2, max_num_batched_tokens=5)
+    )
+    params = SamplingParams(max_tokens=7, seed=1, return_routed_experts=True)
+    prompt = list(range(3, 14))
+    for name in ("first", "cached"):
+        engine.add(Request(name, prompt, params))
+        ids, experts = list(prompt), None
+        while engine.has_work():
+            for delta in engine.step():
+                ids += delta.token_ids
+                experts = delta.routed_experts
+        routing = Routing()
+        with torch.no_grad():
+            model(torch.tensor([ids[:-1]]), torch.arange(len(ids) - 1)[None], Causal(), routing)
+        assert experts is not None
+        assert experts.shape == (len(ids) - 1, 1, 2)
+        assert torch.equal(experts[:, 0].long().sort(-1).values, routing.chosen[1].sort(-1).values)
+    with pytest.raises(RequestError, match="no experts"):
+        Engine(models["gqa"]).add(Request("x", [1], params))

@@ -16,6 +16,7 @@ class PagedCache:
         self.slots = slots
         self.rank = config.kv_lora_rank or 0
         layers = config.num_hidden_layers
+        self.experts: Tensor | None = None  # [slots, MoE layers, K] int16, where they are recorded
         if config.attention == "mla":
             width = (config.kv_lora_rank or 0) + config.qk_rope_head_dim
             self.latent = [torch.zeros(slots, width, dtype=dtype, device=device) for _ in range(layers)]

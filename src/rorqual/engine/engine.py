@@ -111,10 +111,17 @@ class Engine:
             raise RequestError(
                 "max_tokens=0: scores a prompt, so prompt_logprobs must be asked for", param="max_tokens"
             )
+        if params.return_routed_experts and not self.runner.moe_layers:
+            raise RequestError(
+                "return_routed_experts=True: this model has no experts", param="return_routed_experts"
+            )
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise RequestError(
                 f"{self.config.max_waiting} requests are waiting; try again", code="queue_full"
             )
+        if params.return_routed_experts and self.cache.experts is None:
+            self.runner.record_experts()
+            self.reset_cache()  # of what is in it nobody knows the experts
         self._arrivals += 1
         sequence = Sequence(
             request,
@@ -261,6 +268,8 @@ class Engine:
             delta.text += sequence.stop.flush()
             if sequence.stop.matched is not None:
                 reason = "stop"
+            if params.return_routed_experts:
+                delta.routed_experts = self.runner.experts(sequence.blocks, len(sequence.tokens) - 1)
             self._close(sequence, delta, reason)
         return delta
 

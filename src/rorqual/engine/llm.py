@@ -36,6 +36,7 @@ class Completion:
     finish_reason: FinishReason | None = None
     error: str | None = None
     cached_tokens: int = 0
+    routed_experts: torch.Tensor | None = None  # [prompt + completion - 1, MoE layers, K], where asked
 
     def take(self, delta: Delta) -> None:
         """Add what a delta brings."""
@@ -45,6 +46,7 @@ class Completion:
         self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
         self.finish_reason, self.error = delta.finish_reason, delta.error
         self.cached_tokens = delta.cached_tokens
+        self.routed_experts = delta.routed_experts
 
 
 def load_any(path: str | Path, dtype: str = "auto") -> Model:

@@ -41,7 +41,7 @@ class Paged:
     def __init__(self, cache: PagedCache, spans: Sequence[Span], previous: Tensor) -> None:
         self.cache = cache
         self._previous = previous
-        self._new_slots = torch.cat([s.slots[s.start :] for s in spans])
+        self.new_slots = torch.cat([s.slots[s.start :] for s in spans])
         self._chunks = [s for s in spans if s.count > 1 or s.start == 0]
         decodes = [s for s in spans if s.count == 1 and s.start > 0]
         self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long)
@@ -67,7 +67,7 @@ class Paged:
         self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
     ) -> Tensor:
         rows = self.cache.latent[layer]
-        rows[self._new_slots] = torch.cat((c_kv, k_rope), -1).to(rows.dtype)
+        rows[self.new_slots] = torch.cat((c_kv, k_rope), -1).to(rows.dtype)
         out = q_nope.new_empty(*q_nope.shape[:2], attn.v_head_dim)
         if len(self._rows):
             q = torch.cat((attn.absorb_query(q_nope[self._rows]), q_rope[self._rows]), -1)
@@ -79,8 +79,8 @@ class Paged:
 
     def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self._new_slots] = k.to(keys.dtype)
-        values[self._new_slots] = v.to(values.dtype)
+        keys[self.new_slots] = k.to(keys.dtype)
+        values[self.new_slots] = v.to(values.dtype)
         out = torch.empty_like(q)
         if self._native is not None:
             out[self._rows] = gqa_attention(q[self._rows], keys, values, self._native, attn.scale).to(q.dtype)

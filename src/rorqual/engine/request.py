@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from rorqual.errors import RequestError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -51,6 +54,9 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; k: the sampled token's and the k best alternatives
     prompt_logprobs: int | None = None
     mask: TokenMask | None = None
+    return_routed_experts: bool = (
+        False  # who computed each token, with the last delta; for models with experts
+    )
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
@@ -107,6 +113,8 @@ class Delta:
     error: str | None = None  # with finish_reason "error"
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens computed by earlier requests
+    # with the last delta, where asked: expert ids int16 [prompt + completion - 1, MoE layers, K] of every computed token
+    routed_experts: Tensor | None = None
 
     def extend(self, later: Delta) -> None:
         """Add what came after, in the same step."""
@@ -114,6 +122,7 @@ class Delta:
         self.text += later.text
         self.logprobs += later.logprobs
         self.finish_reason, self.stop_text, self.error = later.finish_reason, later.stop_text, later.error
+        self.routed_experts = later.routed_experts
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,14 @@ class Runner:
     def __init__(self, model: Transformer, cache: PagedCache, block_size: int) -> None:
         self.model, self.cache, self.block_size = model, cache, block_size
         self._places = torch.arange(block_size)
+        self.moe_layers = sorted(
+            layer for layer, _ in model.routers() if layer < model.config.num_hidden_layers
+        )
+
+    def record_experts(self) -> None:
+        """From now on keep beside each cached token which experts computed it."""
+        shape = (self.cache.slots, len(self.moe_layers), self.model.config.num_experts_per_tok)
+        self.cache.experts = torch.zeros(shape, dtype=torch.int16)
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work], routing: Routing | None = None) -> Tensor:
@@ -37,8 +45,18 @@ class Runner:
             )
             positions += range(work.start, end)
         attend = Paged(self.cache, spans, torch.tensor(before))
+        if self.cache.experts is not None and routing is None:
+            routing = Routing()
         h: Tensor = self.model(torch.tensor(ids), torch.tensor(positions), attend, routing)
+        if self.cache.experts is not None and routing is not None:
+            chosen = torch.stack([routing.chosen[layer] for layer in self.moe_layers], 1)
+            self.cache.experts[attend.new_slots] = chosen.to(torch.int16)
         return h
+
+    def experts(self, blocks: Sequence[int], length: int) -> Tensor:
+        """What was recorded of a sequence's first `length` tokens [length, MoE layers, K]."""
+        assert self.cache.experts is not None
+        return self.cache.experts[self._slots(blocks, length)]
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:

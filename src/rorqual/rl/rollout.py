@@ -58,6 +58,7 @@ class Sampler:
         )
         self.engine = Engine(model, None, config)
         self.stops = tuple(sorted({*tokenizer.eos_ids, *self.engine.eos_ids}))
+        self._replays = sampling.replay and bool(expert_layers(model))
         self._count = 0
 
     def refresh(self) -> None:
@@ -103,6 +104,7 @@ class Sampler:
             seed=seed,
             logprobs=0,
             stop_token_ids=self.stops,
+            return_routed_experts=self._replays,
         )
         self.engine.add(Request(name, prompt, params))
 
@@ -114,6 +116,7 @@ class Sampler:
             rollout.ids += delta.token_ids
             rollout.logprobs += [t.logprob for t in delta.logprobs]
             rollout.finish_reason = delta.finish_reason
+            rollout.experts = delta.routed_experts
 
 
 def expert_layers(model: Transformer) -> list[int]:

@@ -19,7 +19,7 @@ from rorqual.rl.losses import Totals, correction, counting, k3, policy_loss
 from rorqual.rl.rollout import Rollout, as_replay, expert_layers
 from rorqual.train.optim import Optimizer, clip_
 
-PAD = 8  # rows are padded to a multiple: grouped products want rows of 16 bytes
+PAD = 4  # rows are padded to a multiple: grouped products want 16 bytes, 8 numbers in bfloat16
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
