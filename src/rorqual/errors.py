@@ -41,6 +41,10 @@ class RunError(RorqualError):
     """A run folder is in use, damaged, or does not match the configuration that wants to resume it."""
 
 
+class SandboxError(RorqualError):
+    """Code that is not trusted cannot be run here: the machine cannot confine it, or the sandbox itself failed."""
+
+
 class RequestError(RorqualError):
     """A generation request is invalid. `param` is the dotted field; `code` a short machine-readable cause.
 
