@@ -9,6 +9,7 @@ import pytest
 
 from rorqual.errors import ConfigError
 from rorqual.verify import tasks
+from rorqual.verify.gym import FAMILIES, _dataset
 from rorqual.verify.outcome import RIGHT, Verdict, grader_failed, wrong
 from rorqual.verify.tasks import TASKS
 
@@ -106,3 +107,108 @@ def test_only_the_total_of_a_sum_counts(completion: str, right: bool) -> None:
     task = tasks.create("sums")
     problem = tasks.Problem("12+34+56=", 102, "12+34+56")
     assert task.grade(problem, completion).is_right is right
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_of_reasoning_gym_gives_nothing_for_constants_or_junk(family: str) -> None:
+    """Its scorers pay up to 0.97 for constants and answers in a sentence; here it is the whole answer or nothing."""
+    task = tasks.create("gym", family=family)
+    for level in range(task.levels):
+        problems = [task.make(5, i, level) for i in range(6)]
+        assert all(task.grade(p, p.worked or "").is_right for p in problems)
+        assert all(task.grade(p, f"The answer is {p.answer}").is_right for p in problems[:2])
+        for text in (
+            "banana",
+            "{}",
+            "0",
+            "<answer>",
+            "\\boxed{}",
+            "<answer>1e999999999</answer>",
+            "9" * 5000,
+        ):
+            outcomes = [task.grade(p, text).verdict for p in problems]
+            assert Verdict.GRADER_FAILED not in outcomes
+            assert outcomes.count(Verdict.RIGHT) <= sum(p.answer == text for p in problems)
+
+
+def test_a_scorer_that_pays_for_anything_is_not_let_in() -> None:
+    """Every string scores 1.0 in game_of_life_halting; a constant earns 0.97 in coin_flip."""
+    for family in ("game_of_life_halting", "coin_flip", "countdown", "boxnet"):
+        with pytest.raises(ConfigError, match="sound scorer"):
+            tasks.create("gym", family=family)
+
+
+def test_a_scorer_that_raises_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """prime_factorization raises ValueError on any non-number."""
+    task = tasks.create("gym", family="word_sorting")
+    problem = task.make(0, 0)
+
+    def fail(*_: object, **__: object) -> float:
+        raise ValueError("bad scorer")
+
+    monkeypatch.setattr(type(_dataset("word_sorting", 1)), "score_answer", fail)
+    assert task.grade(problem, "<answer>a, b</answer>").grader_failed
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [
+        ("(25-3)*4", True),
+        ("25-3=22,22*4=88,(25-3)*4", True),
+        ("(25 - 3) × 4 = 88", True),
+        ("25*4-3*4", False),  # 4 twice
+        ("88", False),
+        ("(25-3)*4=87", False),
+        ("25-3=22,22*4=88", False),  # the steps alone: 22 is not given
+        ("(25-3)*4*1", False),
+        ("(25-3)*2**2", False),
+        ("__import__('os').system('x')", False),
+        ("(" * 150, False),
+        ("9**9**9**9", False),
+        ("25-3)*4", False),
+        ("４*(25-3)", False),
+    ],
+)
+def test_countdown_is_checked_by_computing(completion: str, right: bool) -> None:
+    problem = tasks.Problem("3 4 25 -> 88:", 88, "", None, {"numbers": [3, 4, 25]})
+    outcome = tasks.create("countdown").grade(problem, completion)
+    assert outcome.verdict is (Verdict.RIGHT if right else Verdict.WRONG), outcome
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [("[6,7]", True), ("[2,3];[6, 7]", True), ("[6,7];", False), ("[6,7,8]", False), ("6,7", False)],
+)
+def test_only_the_last_list_counts(completion: str, right: bool) -> None:
+    problem = tasks.Problem("", [6, 7], "")
+    assert tasks.create("list_programs").grade(problem, completion).is_right is right
+
+
+@pytest.mark.parametrize("style", ["chat", "continue"])
+def test_every_function_template_is_solved_by_its_reference(style: str) -> None:
+    task = tasks.create("functions", style=style)
+    problems = [task.make(seed, i, level) for level in range(3) for seed in (0, 1) for i in range(20)]
+    assert all(o.is_right for o in tasks.grade_all(task, [(p, p.worked or "") for p in problems]))
+    assert len({p.meta["entry"] for p in problems}) >= 30
+    constant = [(p, "```python\n" + p.meta["stub"] + "    return 0\n```") for p in problems]
+    hollow = [(p, "    return None\n") for p in problems]
+    for outcome in tasks.grade_all(task, constant if style == "chat" else hollow):
+        assert outcome.verdict is Verdict.WRONG
+
+
+def test_the_examples_of_a_function_are_not_its_tests() -> None:
+    task = tasks.create("functions")
+    problem = task.make(0, 3)
+    entry = problem.meta["entry"]
+    assert problem.prompt.count(f">>> {entry}(") == 2
+    assert all(
+        f">>> {entry}({', '.join(map(repr, c))})\n" not in problem.prompt for c in problem.meta["calls"]
+    )
+
+
+def test_words_and_bare_styles_hold_the_same_problems() -> None:
+    for name in ("sums", "countdown", "list_programs"):
+        bare, words = tasks.create(name), tasks.create(name, style="words")
+        assert bare.make(0, 1).key == words.make(0, 1).key
+        problem = words.make(0, 1)
+        assert words.grade(problem, problem.worked or "").is_right

@@ -119,6 +119,12 @@ class Place(NamedTuple):
 
 TASKS: dict[str, Place] = {
     "sums": Place("rorqual.verify.sums", "Sums", "a+b+c=, with or without visible steps"),
+    "countdown": Place(
+        "rorqual.verify.countdown", "Countdown", "an expression of given numbers for a target"
+    ),
+    "list_programs": Place("rorqual.verify.list_programs", "ListPrograms", "carry out operations on a list"),
+    "functions": Place("rorqual.verify.functions", "Functions", "write a small function; hidden tests"),
+    "gym": Place("rorqual.verify.gym", "Gym", "families of reasoning-gym with sound scorers"),
 }
 
 
