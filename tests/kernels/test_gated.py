@@ -1,27 +1,16 @@
 """SwiGLU's native passes against their definitions: outputs and gradients, every variant, both dtypes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from rorqual.kernels.gated import backward_rows, backward_rows_reference, forward_rows, gated, gated_reference
-from rorqual.kernels.native import ISAS, native
+from rorqual.kernels.native import Native
 
 # bfloat16 keeps 8 bits: the passes round once where torch rounds after each operation
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native()
-    assert library is not None
-    before = library.isa
-    if not library.use(request.param):
-        pytest.skip(f"this processor has no {request.param}")
-    yield str(request.param)
-    library.use(before)
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -31,7 +20,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("shape", [(1, 16), (3, 5, 48), (513, 64)])
-def test_outputs_and_gradients(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_outputs_and_gradients(library: Native, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     pairs = []
     for function in (gated, gated_reference):
@@ -47,7 +36,7 @@ def test_outputs_and_gradients(isa: str, dtype: torch.dtype, shape: tuple[int, .
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_rows_of_experts(isa: str, dtype: torch.dtype) -> None:
+def test_rows_of_experts(library: Native, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     hidden, grad = torch.randn(77, 64, dtype=dtype), torch.randn(77, 32, dtype=dtype)
     by = torch.rand(77)
@@ -59,7 +48,7 @@ def test_rows_of_experts(isa: str, dtype: torch.dtype) -> None:
     close(forward_rows(*hidden.chunk(2, -1)), gated_reference(*hidden.chunk(2, -1)))
 
 
-def test_extremes_stay_finite(isa: str) -> None:
+def test_extremes_stay_finite(library: Native) -> None:
     gate = torch.tensor([-1e4, -200, -90, -1, 0, 1, 90, 1e4] * 2, requires_grad=True).view(1, 16)
     leaf = gate.detach().clone().requires_grad_()
     up = torch.ones(1, 16)
