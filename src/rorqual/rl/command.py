@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rorqual.config import load_config
+from rorqual.config import load_config, read_tree
 from rorqual.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -79,10 +79,18 @@ def rl_config(options: RLOptions) -> RLConfig:
             raise ConfigError(f"--recipe {options.recipe}: not known; there are {known}")
     if not options.resume:
         return load_config(RLConfig, file, overrides)
-    out = load_config(RLConfig, file, [o for o in overrides if o.startswith("out=")]).out
-    own = out / "run.json"
+    own = _out(file, overrides) / "run.json"
     if not own.is_file():
         raise RunError(
-            f"--resume: nothing to resume in {out.resolve()} (no run.json); name the run's folder with --out"
+            f"--resume: nothing to resume in {own.parent.resolve()} (no run.json); name the run's folder with --out"
         )
     return load_config(RLConfig, file or own, overrides)
+
+
+def _out(file: Path | None, overrides: Sequence[str]) -> Path:
+    """The run folder that a file and overrides name."""
+    from rorqual.rl.config import RLConfig
+
+    tree = read_tree(file) if file is not None else {}
+    named = [o.removeprefix("out=").strip('"') for o in overrides if o.startswith("out=")]
+    return Path(named[-1] if named else tree.get("out", RLConfig.__dataclass_fields__["out"].default))
