@@ -27,7 +27,6 @@ def make_config(tmp_path: Path) -> Callable[..., RLConfig]:
             "eval_problems": 8,
             "pass_k": 2,
             "save_every": 2,
-            "warmup": 1,
         }
         return RLConfig(**{**base, **changes})
 

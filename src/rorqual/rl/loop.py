@@ -29,6 +29,7 @@ from rorqual.train.config import Optim, due
 from rorqual.train.metrics import Log, View
 from rorqual.train.objective import autocast
 from rorqual.train.optim import Optimizer
+from rorqual.train.schedule import rate
 from rorqual.train.stop import Stop
 from rorqual.train.trainer import Result
 from rorqual.verify.tasks import grade_all
@@ -95,6 +96,10 @@ class Loop:
         checkpoint.clean(c.out / BEST, self.step)
         reached = False
         with Stop() as stop, Log(c.out, self.step) as log:
+            if self.step == 0 and c.model is not None:
+                line = {"step": 0, "phase": "before", "seconds": 0.0} | self._judged(True)
+                log.write(line)
+                view.update(line)
             while not stop.asked() and not reached and (self.last is None or self.step < self.last):
                 begin = time.perf_counter()
                 line = self._teach() if self.taught is None else self._reinforce(view)
@@ -217,7 +222,7 @@ class Loop:
         flat = [r for g in drawn.live for r in g.rollouts]
         order = shuffled(c.seed * 1_000_003 + number, len(flat))
         self.updater.prepare(flat)
-        share = self.watch.share * min(1.0, (number + 1) / max(c.warmup, 1))
+        share = self.watch.share * rate(c.schedule, number, c.steps)
         size = math.ceil(len(flat) / c.updates)
         for i in range(0, len(flat), size):
             part = order[i : i + size]
@@ -263,7 +268,7 @@ class Loop:
             "divergence": figures.divergence / tokens,
             "dropped": figures.dropped / tokens,
             "grad_norm": figures.norm,
-            "rate": self.config.lr * self.watch.share * min(1.0, (number + 1) / max(self.config.warmup, 1)),
+            "rate": self.config.lr * self.watch.share * rate(self.config.schedule, number, self.config.steps),
             "rollouts": self.rollouts,
             "rollout_samples": [_shown(g) for g in groups[:4]],
         }

@@ -54,11 +54,13 @@ def _tiles(lines: Lines) -> str:
     rolled = [x for x in lines if "rollouts" in x]
     tiles: dict[str, str] = {}
     if judged:
-        first = next((x for x in reversed(judged) if x["phase"] == "cold start"), judged[0])
+        first = next((x for x in judged if x["phase"] == "before"), judged[0])
+        taught = next((x for x in reversed(judged) if x["phase"] == "cold start"), first)
         end = judged[-1]
         tiles["held-out accuracy now"] = f"{end['accuracy']:.1%}"
         tiles["its 95% interval"] = f"{end['accuracy_low']:.1%} – {end['accuracy_high']:.1%}"
-        tiles["before reinforcement"] = f"{first['accuracy']:.1%}"
+        tiles["at the start"] = f"{first['accuracy']:.1%}"
+        tiles["before reinforcement"] = f"{taught['accuracy']:.1%}"
     passed = [x for x in lines if "pass_k" in x]
     if passed:
         tiles[f"pass@{passed[-1]['k']}, before"] = f"{passed[0]['pass_k']:.1%}"
