@@ -10,7 +10,6 @@ import torch
 from rorqual.model.transformer import Transformer
 from rorqual.rl.config import Guard, RLConfig, Sampling
 from rorqual.rl.guard import Watch
-from rorqual.rl.interval import pass_at, wilson
 from rorqual.rl.losses import k3
 from rorqual.rl.rollout import Rollout, Sampler
 from rorqual.rl.tokens import write_characters
@@ -19,6 +18,7 @@ from rorqual.text.tokenizer import Tokenizer
 from rorqual.train.config import Optim
 from rorqual.train.optim import Optimizer
 from rorqual.train.shape import Shape
+from rorqual.verify.interval import pass_at, wilson
 
 
 def test_wilson_by_hand() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rorqual.rl.interval import pass_at, wilson
 from rorqual.rl.problems import Posed
 from rorqual.rl.rollout import Rollout, Sampler
+from rorqual.verify.interval import pass_at, wilson
 from rorqual.verify.outcome import Outcome
 from rorqual.verify.tasks import grade_all
 

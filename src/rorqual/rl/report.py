@@ -13,11 +13,11 @@ from rorqual.config import to_dict
 from rorqual.device import machine
 from rorqual.model.cost import Cost
 from rorqual.rl.config import RLConfig
-from rorqual.rl.interval import wilson
 from rorqual.train.metrics import read
 from rorqual.train.plot import Curve, chart
 from rorqual.train.report import STYLE
 from rorqual.train.view import duration
+from rorqual.verify.interval import wilson
 
 Lines = Sequence[Mapping[str, Any]]
 
