@@ -18,8 +18,9 @@ from rorqual.model.transformer import Transformer
 from rorqual.rl.config import Sampling
 from rorqual.rl.losses import k3
 from rorqual.rl.rollout import Sampler, expert_layers
+from rorqual.rl.rows import Batch
 from rorqual.rl.tokens import write_characters
-from rorqual.rl.update import Batch, score
+from rorqual.rl.update import score
 from rorqual.text.tokenizer import Tokenizer
 from rorqual.train.objective import autocast
 from rorqual.train.shape import Shape
@@ -49,17 +50,16 @@ def measure(dtype: str, tokenizer: Tokenizer) -> dict[str, Any]:
             name = "replay" if replay else "free"
             found[name] = float(k3(old, new).mean())
             found[f"{name}_most"] = float((new - old).abs().max())
-        inputs, routing = batch.ids[:, :-1], Routing()
-        from rorqual.model.attend import Causal
-
+        routing = Routing()
         with context():
-            model(inputs, torch.arange(inputs.shape[1]).expand_as(inputs), Causal(), routing)
+            model(batch.ids, batch.positions, batch.attend(), routing)
     assert batch.experts is not None
+    there = batch.branch >= 0
     other = []
     for i, layer in enumerate(expert_layers(model)):
-        ours = routing.chosen[layer].view(*inputs.shape, -1).sort(-1).values
+        ours = routing.chosen[layer].view(*there.shape, -1).sort(-1).values
         theirs = batch.experts[:, :, i].sort(-1).values
-        other.append((ours != theirs).any(-1)[counts])
+        other.append((ours != theirs).any(-1)[there])
     found["routers"] = float(torch.stack(other).float().mean())
     found["positions"] = float(torch.stack(other).any(0).float().mean())
     return found

@@ -28,7 +28,7 @@ def test_overrides_win_over_recipes() -> None:
 
 
 def test_faults_name_the_cure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="there are .*sums"):
+    with pytest.raises(ConfigError, match=r"there are .*sums"):
         rl_config(RLOptions(recipe="nothing"))
     with pytest.raises(ConfigError, match="one of them"):
         rl_config(RLOptions(recipe="sums", config=tmp_path / "a.toml"))

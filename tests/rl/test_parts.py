@@ -12,8 +12,9 @@ from rorqual.rl.config import Guard, RLConfig, Sampling
 from rorqual.rl.guard import Watch
 from rorqual.rl.losses import k3
 from rorqual.rl.rollout import Rollout, Sampler
+from rorqual.rl.rows import Batch, Row, lay_out
 from rorqual.rl.tokens import write_characters
-from rorqual.rl.update import Batch, Updater, score
+from rorqual.rl.update import Updater, score
 from rorqual.text.tokenizer import Tokenizer
 from rorqual.train.config import Optim
 from rorqual.train.optim import Optimizer
@@ -144,7 +145,7 @@ def test_truncated_rollouts_do_not_teach(tokenizer: Tokenizer, tmp_path: Any) ->
 
 def test_micro_batches_do_not_change_the_update(tokenizer: Tokenizer, tmp_path: Any) -> None:
     results = []
-    for micro in (32, 4096):
+    for micro in (64, 4096):
         model = model_of("deepseek", tokenizer)
         sampling = Sampling(prompts=3, group=4, max_tokens=8, max_prompt=16)
         config = RLConfig(
@@ -157,3 +158,37 @@ def test_micro_batches_do_not_change_the_update(tokenizer: Tokenizer, tmp_path: 
         results.append((figures.norm, figures.entropy))
     assert results[0] == pytest.approx(results[1], rel=1e-4)
     assert all(math.isfinite(x) for r in results for x in r)
+
+
+@pytest.mark.parametrize("family", ["deepseek", "llama"])
+def test_a_prompt_computed_once_for_its_group_gives_the_same_scores_and_gradients(
+    tokenizer: Tokenizer, family: str
+) -> None:
+    model = model_of(family, tokenizer)
+    flat = [r for g in drawn(model, tokenizer, Sampling(max_tokens=12, max_prompt=16)) for r in g]
+    alone = [Row((i,), len(r.prompt_ids) + len(r.ids) - 1) for i, r in enumerate(flat)]
+    shared = lay_out(flat)
+    assert len(shared) == 3
+    found = []
+    for rows in (alone, shared):
+        batch = Batch.of(flat, [0.0] * len(flat), rows)
+        scores = score(model, batch, 1.0, contextlib.nullcontext, True).logprobs
+        order = [i for row in rows for i in row.numbers]
+        by_number = torch.zeros(len(flat), 12)
+        by_number = by_number.index_put(
+            (torch.tensor(order),), torch.nn.functional.pad(scores, (0, 12 - scores.shape[1]))
+        )
+        (by_number * torch.linspace(-1, 1, 12)).sum().backward()
+        found.append((by_number.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+        model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_rows_hold_every_rollout_once_and_are_bounded() -> None:
+    rollouts = [Rollout([0, i % 2], list(range(1, 60)), [0.0] * 59) for i in range(10)]
+    rows = lay_out(rollouts)
+    assert sorted(i for r in rows for i in r.numbers) == list(range(10))
+    assert all(len({tuple(rollouts[i].prompt_ids) for i in r.numbers}) == 1 for r in rows)
+    assert max(r.length for r in rows) <= 192

@@ -92,6 +92,26 @@ class Causal:
         return out.transpose(1, 2)
 
 
+class Tree(Causal):
+    """Rows [B, T] that are a beginning and several ways to go on, each of which sees the beginning and itself.
+
+    branch [B, T]: 0 the beginning, 1, 2, … the ways, -1 padding; previous [B, T]: the place of the token before.
+    """
+
+    def __init__(self, branch: Tensor, previous: Tensor) -> None:
+        super().__init__()
+        self._previous = previous
+        length = branch.shape[1]
+        same = (branch[:, None] == branch[:, :, None]) | (branch == 0)[:, None]
+        self._mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+
+    def previous_ids(self, ids: Tensor) -> Tensor:
+        return ids.gather(1, self._previous)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return attention(q, k, v, scale, mask=self._mask).transpose(1, 2)
+
+
 @dataclass
 class KVCache:
     """A contiguous cache: per layer the latent pair (c_kv [B, S, C], k_rope [B, S, R]) or k and v [B, S, Hkv,

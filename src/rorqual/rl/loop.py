@@ -97,7 +97,7 @@ class Loop:
         reached = False
         with Stop() as stop, Log(c.out, self.step) as log:
             if self.step == 0 and c.model is not None:
-                line = {"step": 0, "phase": "before", "seconds": 0.0} | self._judged(True)
+                line: dict[str, Any] = {"step": 0, "phase": "before", "seconds": 0.0} | self._judged(True)
                 log.write(line)
                 view.update(line)
             while not stop.asked() and not reached and (self.last is None or self.step < self.last):
@@ -218,16 +218,16 @@ class Loop:
         known = torch.tensor([[r is not None for r in g.rewards] for g in drawn.live])
         rewards = torch.tensor([[r or 0.0 for r in g.rewards] for g in drawn.live])
         found = advantages(rewards, known, c.scale)
-        advantage = torch.where(found < 0, found * c.negative, found).flatten().tolist()
-        flat = [r for g in drawn.live for r in g.rollouts]
-        order = shuffled(c.seed * 1_000_003 + number, len(flat))
-        self.updater.prepare(flat)
+        advantage = torch.where(found < 0, found * c.negative, found).tolist()
+        self.updater.prepare([r for g in drawn.live for r in g.rollouts])
         share = self.watch.share * rate(c.schedule, number, c.steps)
-        size = math.ceil(len(flat) / c.updates)
-        for i in range(0, len(flat), size):
+        order = shuffled(c.seed * 1_000_003 + number, len(drawn.live))
+        size = math.ceil(len(order) / c.updates)
+        for i in range(0, len(order), size):  # groups stay whole: their prompt is computed once
             part = order[i : i + size]
-            rows, values = [flat[j] for j in part], [advantage[j] for j in part]
-            total.add(self.updater.step(rows, values, share, first=i == 0))
+            rollouts = [r for j in part for r in drawn.live[j].rollouts]
+            values = [a for j in part for a in advantage[j]]
+            total.add(self.updater.step(rollouts, values, share, first=i == 0))
         return total
 
     def _reference(self) -> Transformer | None:

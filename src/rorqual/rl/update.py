@@ -11,76 +11,20 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import ConfigError
-from rorqual.model.attend import Causal
 from rorqual.model.moe import Routing
 from rorqual.model.transformer import Transformer
 from rorqual.rl.config import RLConfig
 from rorqual.rl.losses import Totals, correction, counting, k3, policy_loss
 from rorqual.rl.rollout import Rollout, as_replay, expert_layers
+from rorqual.rl.rows import PAD, Batch, Row, lay_out
 from rorqual.train.optim import Optimizer, clip_
-
-PAD = 4  # rows are padded to a multiple: grouped products want 16 bytes, 8 numbers in bfloat16
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rollouts as rows. ids [B, T + 1]; the rest [B, T] over the targets ids[:, 1:]: which the completion has, their
-    log-probabilities when sampled, under the trainer then, and under the reference; advantage and truncated [B];
-    experts [B, T, layers, K]."""
-
-    ids: Tensor
-    mask: Tensor
-    sampled: Tensor
-    trained: Tensor | None
-    reference: Tensor | None
-    advantage: Tensor
-    truncated: Tensor
-    experts: Tensor | None
-
-    @classmethod
-    def of(cls, rollouts: Sequence[Rollout], advantage: Sequence[float]) -> Batch:
-        longest = max(len(r.prompt_ids) + len(r.ids) for r in rollouts) - 1
-        length = -(-longest // PAD) * PAD
-        ids = torch.zeros(len(rollouts), length + 1, dtype=torch.long)
-        mask = torch.zeros(len(rollouts), length)
-        experts = None
-        if rollouts[0].experts is not None:
-            shape = rollouts[0].experts.shape[1:]
-            experts = torch.zeros(len(rollouts), length, *shape, dtype=torch.long)
-        for i, r in enumerate(rollouts):
-            start, end = len(r.prompt_ids), len(r.prompt_ids) + len(r.ids)
-            ids[i, :end] = torch.tensor([*r.prompt_ids, *r.ids])
-            mask[i, start - 1 : end - 1] = 1
-            if experts is not None and r.experts is not None:
-                experts[i, : end - 1] = r.experts
-        counts = mask.bool()
-        return cls(
-            ids,
-            mask,
-            _laid_out([r.logprobs for r in rollouts], counts),
-            _optional([r.trained for r in rollouts], counts),
-            _optional([r.reference for r in rollouts], counts),
-            torch.tensor(advantage),
-            torch.tensor([r.truncated for r in rollouts]),
-            experts,
-        )
-
-
-def _laid_out(values: Sequence[Sequence[float]], counts: Tensor) -> Tensor:
-    flat = torch.tensor([v for row in values for v in row])
-    return torch.zeros(counts.shape).masked_scatter(counts, flat)
-
-
-def _optional(values: Sequence[Sequence[float] | None], counts: Tensor) -> Tensor | None:
-    there = [v for v in values if v is not None]
-    return _laid_out(there, counts) if len(there) == len(values) else None
-
-
 @dataclass
 class Scores:
-    """Of a batch's targets [B, T]; 0 where nothing counts. `entropy` is that of the distribution drawn from."""
+    """Of a batch's targets [R, C]; 0 where nothing counts. `entropy` is that of the distribution drawn from."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -110,17 +54,15 @@ class Figures:
 
 def score(model: Transformer, batch: Batch, temperature: float, autocast: Autocast, replay: bool) -> Scores:
     """Log-probabilities of the batch under the model as it is, at the temperature of sampling."""
-    inputs = batch.ids[:, :-1]
     routing = None
     if replay and batch.experts is not None:
         routing = Routing(replay=as_replay(batch.experts, expert_layers(model)))
-    positions = torch.arange(inputs.shape[1]).expand_as(inputs)
+    counts = batch.mask.bool()
     with autocast():
-        h = model(inputs, positions, Causal(), routing)
-        counts = batch.mask.bool()
-        logits = model.logits(h[counts]).float() / temperature
+        h = model(batch.ids, batch.positions, batch.attend(), routing).flatten(0, 1)
+        logits = model.logits(h[batch.source[counts]]).float() / temperature
     distribution = logits.log_softmax(-1)
-    picked = distribution.gather(1, batch.ids[:, 1:][counts][:, None])[:, 0]
+    picked = distribution.gather(1, batch.targets[counts][:, None])[:, 0]
     with torch.no_grad():
         entropy = -(distribution.exp() * distribution).sum(-1)
     flat = torch.zeros_like(batch.mask)
@@ -149,10 +91,7 @@ class Updater:
         sampler and trainer can be read off."""
         c = self.config
         self.model.train()
-        batches = [
-            Batch.of([rollouts[i] for i in rows], [advantage[i] for i in rows])
-            for rows in self._cut(rollouts)
-        ]
+        batches = [Batch.of(rollouts, advantage, rows) for rows in self._cut(rollouts)]
         masks = [counting(b.mask, b.truncated, c.keep_truncated) for b in batches]
         totals = _totals(masks, c.sampling.max_tokens)
         figures = Figures(tokens=totals.tokens)
@@ -176,9 +115,10 @@ class Updater:
             scorers.append(("reference", self.reference))
         for name, model in scorers:
             for rows in self._cut(rollouts):
-                batch = Batch.of([rollouts[i] for i in rows], [0.0] * len(rows))
+                batch = Batch.of(rollouts, [0.0] * len(rollouts), rows)
                 found = self._score(model, batch).logprobs
-                for i, mask, values in zip(rows, batch.mask.bool(), found, strict=True):
+                numbers = [i for row in rows for i in row.numbers]
+                for i, mask, values in zip(numbers, batch.mask.bool(), found, strict=True):
                     setattr(rollouts[i], name, values[mask].tolist())
 
     def _gradient(self, batch: Batch, mask: Tensor, totals: Totals, figures: Figures, first: bool) -> None:
@@ -206,22 +146,21 @@ class Updater:
         c = self.config
         return score(model, batch, c.sampling.temperature, self.autocast, c.sampling.replay)
 
-    def _cut(self, rollouts: Sequence[Rollout]) -> Iterator[list[int]]:
-        """Numbers of rollouts of similar length, which padded have at most `micro_tokens` tokens together."""
-        lengths = [len(r.prompt_ids) + len(r.ids) for r in rollouts]
-        rows: list[int] = []
-        for i in sorted(range(len(rollouts)), key=lambda i: lengths[i]):
-            padded = -(-lengths[i] // PAD) * PAD
+    def _cut(self, rollouts: Sequence[Rollout]) -> Iterator[list[Row]]:
+        """Rows of similar length, which padded have at most `micro_tokens` tokens together."""
+        held: list[Row] = []
+        for row in lay_out(rollouts):
+            padded = -(-row.length // PAD) * PAD
             if padded > self.config.micro_tokens:
                 raise ConfigError(
                     f"micro_tokens={self.config.micro_tokens}: a rollout has {padded}; raise it"
                 )
-            if rows and (len(rows) + 1) * padded > self.config.micro_tokens:
-                yield rows
-                rows = []
-            rows.append(i)
-        if rows:
-            yield rows
+            if held and (len(held) + 1) * padded > self.config.micro_tokens:
+                yield held
+                held = []
+            held.append(row)
+        if held:
+            yield held
 
 
 def _totals(masks: Sequence[Tensor], longest: int) -> Totals:

@@ -14,7 +14,8 @@ from rorqual.model.transformer import Transformer
 from rorqual.rl.config import ColdStart, RLConfig
 from rorqual.rl.judge import Encode
 from rorqual.rl.problems import WORKED, Mix
-from rorqual.rl.update import PAD, Autocast
+from rorqual.rl.rows import PAD
+from rorqual.rl.update import Autocast
 from rorqual.text.tokenizer import Tokenizer
 from rorqual.train.batch import Lesson
 from rorqual.train.config import Optim
