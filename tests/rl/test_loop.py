@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from rorqual.checkpoint.tensors import TensorFile
-from rorqual.errors import ConfigError, NumericsError, RunError
+from rorqual.errors import ConfigError, NumericsError, RorqualError, RunError
 from rorqual.rl.config import Guard, RLConfig, Sampling, TaskMix
 from rorqual.rl.run import reinforce
 from rorqual.train.metrics import read
+from rorqual.train.shape import Shape
 from rorqual.train.trainer import Result
 from rorqual.verify.outcome import RIGHT, Outcome, grader_failed, wrong
 from rorqual.verify.sums import Sums
@@ -153,6 +154,34 @@ def test_held_out_problems_are_never_trained_on(make_config: Make) -> None:
     mix = Mix((TaskMix(),), [Sums()], 0, 64)
     held = {p.problem.key for p in mix.held_out["sums"]}
     assert not held & {mix.at(i, 0.0).problem.key for i in range(500)}
+
+
+OWN = """
+from rorqual.verify.sums import Sums
+
+def family(digits):
+    return Sums(terms=2, digits=digits)
+"""
+
+
+def test_a_family_of_ones_own_from_any_directory(
+    make_config: Make, silent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """verl-project/verl#151: a reward is named as file and function, not wired into the trainer."""
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path.parent)
+    mix = TaskMix(name=f"{tmp_path}/mine.py:family", options={"digits": 2}, difficulty=0)
+    reinforce(make_config(tasks=(mix,), steps=1), show=silent)
+    assert set(silent.lines[-1]["heldout"]) == {"mine.py:family"}
+    with pytest.raises(ConfigError, match=r"no file .*/gone.py"):
+        reinforce(make_config(tasks=(TaskMix(name="gone.py:f"),)), show=silent)
+
+
+def test_a_model_that_is_not_there_is_named_in_full(make_config: Make, silent: Any) -> None:
+    """Lightning-AI/litgpt#861: the resolved path, and what was expected there."""
+    config = make_config(model=Path("/nope"), shape=Shape())
+    with pytest.raises(RorqualError, match=r"/nope.*"):
+        reinforce(config, show=silent)
 
 
 def test_difficulty_rises_and_families_mix_by_weight() -> None:

@@ -17,7 +17,7 @@ from rorqual.train.shape import Shape
 class TaskMix:
     """A family of problems: how often it is drawn, and how hard it is at the start and from `ramp` of the run on."""
 
-    name: str = "sums"
+    name: str = "sums"  # one of rorqual.verify.tasks, or path/to/file.py:function that makes one of your own
     options: Mapping[str, Any] = field(default_factory=dict)  # the family's own
     weight: float = 1.0
     difficulty: int | None = None  # level at the start; none: the hardest
@@ -33,6 +33,12 @@ class TaskMix:
             )
         if not 0 < self.ramp <= 1:
             raise ConfigError(f"tasks.ramp={self.ramp}: must be above 0, at most 1")
+
+    @property
+    def label(self) -> str:
+        """What the family is called in figures: its name and, where given, its options of text."""
+        own = [str(v) for v in self.options.values() if isinstance(v, str)]
+        return " ".join([self.name.rpartition("/")[2], *own])
 
     def difficulty_at(self, share: float) -> int | None:
         """The difficulty when this share of the run is done: it rises in even steps."""
@@ -172,7 +178,7 @@ class RLConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
         if not self.tasks:
             raise ConfigError("tasks: name at least one family of problems")
-        if len({t.name for t in self.tasks}) < len(self.tasks):
+        if len({t.label for t in self.tasks}) < len(self.tasks):
             raise ConfigError("tasks: a family is named twice; give one entry with both weights together")
         if self.model is not None and self.shape != Shape():
             raise ConfigError(f"shape: model={self.model} brings its own; leave one of them out")

@@ -40,7 +40,7 @@ class Verdicts:
 def sample_of(posed: Posed, rollout: Rollout, verdict: str) -> dict[str, Any]:
     """A rollout as it is shown and kept."""
     return {
-        "task": posed.task.name,
+        "task": posed.label,
         "prompt": posed.problem.prompt,
         "completion": rollout.text,
         "verdict": verdict,

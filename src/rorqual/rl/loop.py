@@ -202,10 +202,15 @@ class Loop:
         seeds = [begin + i for i in range(len(posed))]
         found = self.sampler.draw([self.encode(p) for p in posed], s.group, seeds)
         self.rollouts += len(posed) * s.group
-        groups = []
-        for p, rollouts in zip(posed, found, strict=True):
-            texts = [(p.problem, r.text) for r in rollouts]
-            groups.append(Group(p, rollouts, [o.reward for o in grade_all(p.task, texts)]))
+        groups = [Group(p, rollouts, []) for p, rollouts in zip(posed, found, strict=True)]
+        by_task: dict[str, list[Group]] = {}
+        for group in groups:
+            by_task.setdefault(group.posed.label, []).append(group)
+        for some in by_task.values():  # all of a family at once: graders that wait do so side by side
+            texts = [(g.posed.problem, r.text) for g in some for r in g.rollouts]
+            rewards = iter([o.reward for o in grade_all(some[0].posed.task, texts)])
+            for group in some:
+                group.rewards = [next(rewards) for _ in group.rollouts]
         return groups
 
     def _update(self, drawn: Drawn, number: int) -> Figures:
@@ -246,7 +251,7 @@ class Loop:
         judged = [r for r in rewards if r is not None]
         by_task: dict[str, list[float]] = {}
         for g in groups:
-            by_task.setdefault(g.posed.task.name, []).extend(r for r in g.rewards if r is not None)
+            by_task.setdefault(g.posed.label, []).extend(r for r in g.rewards if r is not None)
         tokens = max(figures.tokens, 1.0)
         assert self.taught is not None
         number = self.step - 1 - self.taught
@@ -255,7 +260,7 @@ class Loop:
             "phase": "reinforcement",
             "reward": sum(judged) / max(len(judged), 1),
             "reward_by_task": {n: sum(v) / max(len(v), 1) for n, v in by_task.items()},
-            "difficulty": {m.name: m.difficulty_at(number / self.config.steps) for m in self.mix.mixes},
+            "difficulty": {m.label: m.difficulty_at(number / self.config.steps) for m in self.mix.mixes},
             "live": sum(g.live for g in groups) / len(groups),
             "learnt_groups": len(drawn.live),
             "length": sum(len(r.ids) for r in rollouts) / len(rollouts),

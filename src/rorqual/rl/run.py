@@ -14,7 +14,7 @@ from rorqual.model.cost import cost
 from rorqual.model.transformer import Transformer
 from rorqual.rl.config import RLConfig
 from rorqual.rl.loop import Loop
-from rorqual.rl.problems import Mix
+from rorqual.rl.problems import Mix, family
 from rorqual.rl.report import write_report
 from rorqual.rl.tokens import write_characters
 from rorqual.rl.view import view
@@ -25,7 +25,6 @@ from rorqual.train.lock import Lock
 from rorqual.train.metrics import View
 from rorqual.train.run import HEAD_SCALE, settle
 from rorqual.train.trainer import Result
-from rorqual.verify.tasks import create
 
 # What may change when a run is resumed: it does not touch the weights.
 FREE = frozenset({"out", "save_every", "keep", "eval_every", "pass_k", "stop_at"})
@@ -34,7 +33,7 @@ FREE = frozenset({"out", "save_every", "keep", "eval_every", "pass_k", "stop_at"
 def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) -> Result:
     """Run a config to its end, its goal or a signal. Raises before any work for what cannot work: an unknown family, a
     folder in use or already used, a model that is not there, a resume with nothing to resume."""
-    tasks = [create(t.name, **t.options) for t in config.tasks]
+    tasks = [family(t) for t in config.tasks]
     mix = Mix(config.tasks, tasks, config.seed, config.eval_problems)
     keep_freed_memory()
     with Lock(config.out):
