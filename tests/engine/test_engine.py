@@ -352,3 +352,18 @@ def test_the_experts_of_every_token_come_back(models: dict[str, Transformer]) ->
         assert torch.equal(experts[:, 0].long().sort(-1).values, routing.chosen[1].sort(-1).values)
     with pytest.raises(RequestError, match="no experts"):
         Engine(models["gqa"]).add(Request("x", [1], params))
+
+
+def test_completions_need_not_be_kept(model: Transformer) -> None:
+    """A prompt that goes on from an answer finds the answer's blocks, or only the first prompt's."""
+    for keep, found in ((True, 20), (False, 12)):
+        engine = Engine(model, None, config(cache_completions=keep))
+        ids = list(range(3, 15))
+        for _ in range(2):
+            engine.add(Request("x", list(ids), SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)))
+            cached = 0
+            while engine.has_work():
+                for delta in engine.step():
+                    ids += delta.token_ids
+                    cached = delta.cached_tokens
+        assert cached == found

@@ -25,6 +25,9 @@ class EngineConfig:
     max_num_batched_tokens: int = 512  # tokens of one step: a long prompt is computed in chunks of this size
     max_waiting: int = 1024  # requests queued beyond those running
     prefix_cache: bool = True
+    cache_completions: bool = (
+        True  # whether a later prompt may find a completion's blocks, as in a conversation
+    )
     speculate: int = 0  # tokens guessed by n-gram look-up in each step of a request; 0: none
 
     def __post_init__(self) -> None:

@@ -100,7 +100,12 @@ class Scheduler:
         sequence.draft = []
         if not self.config.prefix_cache:
             return
-        full = sequence.computed // size
+        reach = (
+            sequence.computed
+            if self.config.cache_completions
+            else min(sequence.computed, sequence.prompt_len)
+        )
+        full = reach // size
         self._name(sequence, full)
         while sequence.published < full:
             index = sequence.published

@@ -55,6 +55,7 @@ class Sampler:
             max_num_seqs=sampling.at_once,
             max_num_batched_tokens=max(2048, sampling.at_once),
             max_waiting=1_000_000,
+            cache_completions=False,
         )
         self.engine = Engine(model, None, config)
         self.stops = tuple(sorted({*tokenizer.eos_ids, *self.engine.eos_ids}))
