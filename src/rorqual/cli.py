@@ -56,6 +56,7 @@ COMMANDS: dict[str, Command] = {
         "loss against compute over a ladder of runs, and what it predicts",
     ),
     "rl": Command("rorqual.rl.command", "rl", "make a model better at problems that a program can check"),
+    "eval": Command("rorqual.eval.command", "evaluate", "accuracy and bits per byte with intervals; compare"),
     "serve": Command(
         "rorqual.server.command",
         "serve",
