@@ -24,7 +24,7 @@ def test_every_recipe_is_a_run_of_families_that_exist(name: str, tmp_path: Path)
 
 def test_overrides_win_over_recipes() -> None:
     config = rl_config(RLOptions(("steps=7", "sampling.group=3"), recipe="sums"))
-    assert (config.steps, config.sampling.group, config.sampling.max_tokens) == (7, 3, 10)
+    assert (config.steps, config.sampling.group, config.sampling.max_tokens) == (7, 3, 11)
 
 
 def test_faults_name_the_cure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

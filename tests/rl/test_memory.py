@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-BUDGET_MB = 1100  # the whole process, torch and 10M parameters with gradients and moments included
+BUDGET_MB = 680  # 611 when it was written; the whole process, torch and 10M parameters with moments included
 
 CODE = """
 import contextlib, resource
