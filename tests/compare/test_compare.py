@@ -18,7 +18,7 @@ from rorqual.errors import RunError
 
 TINY = Budget(
     "tiny", width=16, depth=2, heads=2, seq_len=16, batch_size=2, steps=30, vocab_size=320, pool_mb=1,
-    fractions=(1, 2, 3), rates=(0.01,), more_rates=0, seeds=1, control_seeds=1, eval_rows=16,
+    fractions=(1, 3), rates=(0.01,), more_rates=0, seeds=1, control_seeds=1, eval_rows=16,
 )  # fmt: skip
 
 
@@ -89,7 +89,6 @@ def test_the_command_stops_on_a_signal_and_goes_on_to_a_report(pool: Path, tmp_p
         str(out),
         "--only",
         "muon",
-        "--cache",
     ]
     env = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2] / 'src'}:{tmp_path}"}
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
@@ -110,3 +109,23 @@ def test_the_command_stops_on_a_signal_and_goes_on_to_a_report(pool: Path, tmp_p
     }  # fmt: skip
     assert {f["part"] for f in tree["factors"]} == {"muon"}
     assert "</svg>" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_every_option_finds_its_part_of_the_report(text: Path, tmp_path: Path) -> None:
+    """The caches of five attentions, the pool as found, an idea of one's own, and each part taken out."""
+    (tmp_path / "tests_tiny.py").write_text(f"from rorqual.compare.budget import Budget\nTINY = {TINY!r}\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [
+        sys.executable, "program.py", "--sources", str(text), "--out", "out", "--cache", "--data-half",
+        "--no-controls", "--without", "all", "--idea", "optim.lr=0.01",
+    ]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2] / 'src'}:{tmp_path}"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tree = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert set(tree["matches"]) == {
+        "architecture and training", "data alone", "architecture, training and data",
+    }  # fmt: skip
+    assert [f["part"] for f in tree["factors"]] == list(RECIPE.parts)
+    assert len({r["cache_bytes"] for r in tree["runs"]}) >= 4
