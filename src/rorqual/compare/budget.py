@@ -66,8 +66,8 @@ class Budget:
 
 PRESETS = {
     "quick": Budget(
-        "quick", steps=300, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), rates=(0.008, 0.016, 0.032), more_rates=1,
-        control_seeds=1, eval_rows=512,
+        "quick", steps=240, pool_mb=12.0, fractions=(2, 3, 4), rates=(0.032, 0.064, 0.128), more_rates=1, control_seeds=1,
+        eval_rows=256,
     ),
     "standard": Budget(),
 }  # fmt: skip
