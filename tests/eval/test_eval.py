@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rorqual.cli import main
-from rorqual.errors import ConfigError, DataError
+from rorqual.errors import ConfigError, DataError, SandboxError
 from rorqual.eval import bits, compare
 from rorqual.eval.config import EvalConfig, parse_task
 from rorqual.eval.families import count, suite
@@ -117,3 +117,13 @@ def test_all_canonical_solutions_of_humaneval_pass_and_empty_ones_do_not() -> No
     assert len(problems) == 164
     assert [p.key for p in problems if not task.grade(p, p.worked or "").is_right] == []
     assert [p.key for p in problems if task.grade(p, "    return None\n").verdict is not Verdict.WRONG] == []
+
+
+def test_without_a_sandbox_nothing_is_generated_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise SandboxError("no sandbox")
+
+    monkeypatch.setattr("rorqual.verify.code.shared", none)
+    for spec in ("humaneval", "functions"):
+        with pytest.raises(SandboxError, match="no sandbox"):
+            suite(spec, EvalConfig(), False)

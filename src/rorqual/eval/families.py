@@ -47,8 +47,10 @@ def suite(spec: str, config: EvalConfig, has_template: bool) -> Suite:
         if options:
             raise ConfigError(f"task {spec!r}: humaneval has no options")
         human = HumanEval(chat)
+        human.prepare()
         return Suite(spec, human, human.problems(config.problems), chat, () if chat else STOPS)
     task = tasks.create(name, **options)
+    task.prepare()
     problems = [task.make(config.seed, i, config.difficulty, "held_out") for i in range(config.problems)]
     if chat and options.get("style") in ("bare", "continue"):
         chat = False  # the style says that the completion goes on with the prompt

@@ -258,6 +258,10 @@ class Functions(Family):
     def levels(self) -> int:
         return self.level + 1
 
+    def prepare(self) -> None:
+        """Start the sandbox. Raises SandboxError where there is none to be had, so that a run is refused at once."""
+        code.shared().start()
+
     def draw(self, rng: random.Random, level: int) -> Problem:
         while True:
             template = rng.choice(LADDER[level])

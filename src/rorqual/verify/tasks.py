@@ -49,6 +49,8 @@ class Task(Protocol):
     @property
     def levels(self) -> int: ...
 
+    def prepare(self) -> None: ...
+
     def make(
         self, seed: int, index: int, difficulty: int | None = None, split: Split = "train"
     ) -> Problem: ...
@@ -68,6 +70,9 @@ class Family:
     @property
     def levels(self) -> int:
         return 1
+
+    def prepare(self) -> None:
+        """Start what grading needs; call it before a run. Raises where there is no such thing to be had."""
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         """One problem of a level; all that is random comes from `rng`."""
