@@ -33,7 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pool(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built_pool(tmp_path_factory.mktemp("built") / "data", TINY, (str(text),), lambda _: None)
+    return built_pool(tmp_path_factory.mktemp("built"), TINY, (str(text),), lambda _: None)
 
 
 def test_a_run_gives_the_same_curve_again_and_is_kept(pool: Path, tmp_path: Path) -> None:
@@ -54,10 +54,16 @@ def test_a_run_gives_the_same_curve_again_and_is_kept(pool: Path, tmp_path: Path
 def test_a_pool_as_found_keeps_the_tokenizer_and_loses_what_leaks(
     text: Path, pool: Path, tmp_path: Path
 ) -> None:
-    found = found_pool(tmp_path / "found", pool, TINY, (str(text),), lambda _: None)
+    found = found_pool(tmp_path, pool, TINY, (str(text),), lambda _: None)
     assert (found / "tokenizer.json").read_bytes() == (pool / "tokenizer.json").read_bytes()
     tally = json.loads((found / "meta.json").read_text())["tally"]
     assert tally["kept"] < tally["documents"]  # the held-out documents of the built pool are in its sources
+
+
+def test_other_sources_are_another_pool(text: Path, pool: Path) -> None:
+    """A folder used before must not answer for text that was not asked for."""
+    assert built_pool(pool.parent, TINY, (str(text),), lambda _: None) == pool
+    assert built_pool(pool.parent, TINY, (str(text / "m1?.py"),), lambda _: None) != pool
 
 
 def test_a_failed_run_is_named(pool: Path, tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from rorqual.compare.study import Match, Point, Study
 
 
+Several = tyro.conf.UseAppendAction[tuple[str, ...]]  # the option may be repeated
+
+
 @dataclass(frozen=True)
 class CompareOptions:
     """Train a tuned Llama-style baseline and the DeepSeek-style recipe on the same data, and report how much less the
@@ -30,13 +33,9 @@ class CompareOptions:
     out: Path = Path("runs/compare")
     data: Path | None = None  # a folder of `rorqual data build`; built from `sources` otherwise
     sources: tuple[str, ...] = ("python",)
-    without: tyro.conf.UseAppendAction[
-        tuple[str, ...]
-    ] = ()  # a part of the recipe to take out; `all`: each in turn
-    only: tyro.conf.UseAppendAction[
-        tuple[str, ...]
-    ] = ()  # a part to put alone on the baseline; `all`: each in turn
-    idea: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # KEY=VALUE on top of the recipe: your own
+    without: Several = ()  # a part of the recipe to take out; `all`: each in turn
+    only: Several = ()  # a part to put alone on the baseline; `all`: each in turn
+    idea: Several = ()  # KEY=VALUE on top of the recipe: your own
     parts: tuple[str, ...] | None = None  # the recipe's parts, instead of its own
     controls: bool = True  # the baseline with the tables, and under Muon
     data_half: bool = False  # also: the same sources as they were found, against the pool as built
@@ -64,7 +63,7 @@ def compare(argv: Sequence[str]) -> int:
         console.print(text, highlight=False)
 
     budget = sized(options)
-    built = options.data or built_pool(options.out / "data" / "built", budget, options.sources, say)
+    built = options.data or built_pool(options.out / "data", budget, options.sources, say)
     pool = Pool(options.workers or os.cpu_count() or 1, say)
     try:
         found = investigate(Study(budget, Pools(built, options.out / "runs"), pool), options, say)
@@ -111,7 +110,7 @@ def investigate(study: Study, options: CompareOptions, say: Say) -> Findings:
         found.caches = caches(study)
     if options.data_half:
         say("the pool as it was found")
-        pool = found_pool(options.out / "data" / "found", study.pools.built, b, options.sources, say)
+        pool = found_pool(options.out / "data", study.pools.built, b, options.sources, say)
         found.matches["data alone"] = study.match(base, base, b.control_seeds, pool)
         found.matches["architecture, training and data"] = study.match(recipe, base, b.control_seeds, pool)
     return found
@@ -230,7 +229,7 @@ def scaling(argv: Sequence[str]) -> int:
         console.print(text, highlight=False)
 
     bottom = Budget("ladder", width=options.width, steps=options.steps, seeds=options.seeds, control_seeds=1)
-    built = options.data or built_pool(options.out / "data" / "built", bottom, options.sources, say)
+    built = options.data or built_pool(options.out / "data", bottom, options.sources, say)
     pool = Pool(options.workers or os.cpu_count() or 1, say)
     ladders = []
     try:
