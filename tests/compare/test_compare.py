@@ -97,13 +97,12 @@ def test_the_command_stops_on_a_signal_and_goes_on_to_a_report(pool: Path, tmp_p
         "muon",
     ]
     env = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2] / 'src'}:{tmp_path}"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "seed 0" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 75
-    process.stderr.close()
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        while "seed 0" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75
     kept = {p: p.read_bytes() for p in out.rglob(RESULT)}
     assert kept
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)

@@ -64,9 +64,9 @@ def compare(argv: Sequence[str]) -> int:
 
     budget = sized(options)
     built = options.data or built_pool(options.out / "data", budget, options.sources, say)
-    pool = Pool(options.workers or os.cpu_count() or 1, say)
     try:
-        found = investigate(Study(budget, Pools(built, options.out / "runs"), pool), options, say)
+        with Pool(options.workers or os.cpu_count() or 1, say) as pool:
+            found = investigate(Study(budget, Pools(built, options.out / "runs"), pool), options, say)
     except Stopped as e:
         say(str(e))
         return exit_code(e.signal)
@@ -230,15 +230,15 @@ def scaling(argv: Sequence[str]) -> int:
 
     bottom = Budget("ladder", width=options.width, steps=options.steps, seeds=options.seeds, control_seeds=1)
     built = options.data or built_pool(options.out / "data", bottom, options.sources, say)
-    pool = Pool(options.workers or os.cpu_count() or 1, say)
     ladders = []
     try:
-        for setting, share in ((BASE.at(optim__lr=options.lr), 1.0), (RECIPE, options.fraction)):
-            points = []
-            for rung in ladder(bottom, options.rungs, options.ratio):
-                study = Study(rung, Pools(built, options.out / "runs"), pool)
-                points.append(study.point(setting, rung.steps_at(share), options.seeds))
-            ladders.append(Ladder(setting.name, tuple(points)))
+        with Pool(options.workers or os.cpu_count() or 1, say) as pool:
+            for setting, share in ((BASE.at(optim__lr=options.lr), 1.0), (RECIPE, options.fraction)):
+                points = []
+                for rung in ladder(bottom, options.rungs, options.ratio):
+                    study = Study(rung, Pools(built, options.out / "runs"), pool)
+                    points.append(study.point(setting, rung.steps_at(share), options.seeds))
+                ladders.append(Ladder(setting.name, tuple(points)))
     except Stopped as e:
         say(str(e))
         return exit_code(e.signal)

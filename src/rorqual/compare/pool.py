@@ -28,14 +28,25 @@ class Stopped(Exception):
 
 
 class Pool:
-    """Runs jobs, `workers` at a time; those with a result are not run again. `seconds` is the time spent."""
+    """Runs jobs, `workers` at a time; those with a result are not run again. `seconds` is the time spent.
+
+    While entered, a signal is a wish: jobs that run save and leave, and `all` raises Stopped, now or when next called.
+    """
 
     def __init__(self, workers: int, say: Say) -> None:
         self.workers, self.say = workers, say
         self.seconds = 0.0
+        self._stop = Stop()
         # A forked server that has imported torch and started no thread: a job begins at once.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["torch", "rorqual.train.run"])
+
+    def __enter__(self) -> Pool:
+        self._stop.__enter__()
+        return self
+
+    def __exit__(self, *why: Any) -> None:
+        self._stop.__exit__(*why)
 
     def all(self, jobs: Iterable[Job]) -> list[Result]:
         """Results in the jobs' order. Raises Stopped after a signal, RunError where a run failed or was killed."""
@@ -47,29 +58,29 @@ class Pool:
 
     def _compute(self, waiting: list[Job]) -> None:
         running: dict[Any, tuple[Job, ForkServerProcess]] = {}
-        with Stop() as stop:
-            try:
-                while waiting or running:
-                    while waiting and len(running) < self.workers:
-                        job = waiting.pop(0)
-                        process = self._context.Process(target=_work, args=(job,), daemon=True)
-                        process.start()
-                        running[process.sentinel] = job, process
-                    for sentinel in wait(list(running), timeout=0.2):
-                        job, process = running.pop(sentinel)
-                        process.join()
-                        if process.exitcode == 0 and job.result is not None:
-                            self.say(line(job.result, len(waiting) + len(running)))
-                        elif not stop.asked():
-                            raise RunError(_why(job, process.exitcode))
-                    if stop.signal is not None:
-                        waiting.clear()
-                        raise Stopped(stop.signal)
-            finally:
-                for _, process in running.values():
-                    process.terminate()  # a wish: it saves and leaves
-                for _, process in running.values():
+        try:
+            while waiting or running:
+                if self._stop.signal is not None:
+                    raise Stopped(self._stop.signal)
+                while waiting and len(running) < self.workers:
+                    job = waiting.pop(0)
+                    process = self._context.Process(target=_work, args=(job,), daemon=True)
+                    process.start()
+                    running[process.sentinel] = job, process
+                for sentinel in wait(list(running), timeout=0.2):
+                    job, process = running.pop(sentinel)
                     process.join()
+                    if process.exitcode == 0 and job.result is not None:
+                        self.say(line(job.result, len(waiting) + len(running)))
+                    elif self._stop.signal is not None:
+                        raise Stopped(self._stop.signal)
+                    else:
+                        raise RunError(_why(job, process.exitcode))
+        finally:
+            for _, process in running.values():
+                process.terminate()  # a wish: it saves and leaves
+            for _, process in running.values():
+                process.join()
 
 
 def _result(job: Job) -> Result:
