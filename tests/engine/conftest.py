@@ -1,5 +1,6 @@
 """Tiny models of both families for the engine."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -36,8 +37,18 @@ MLA = ModelConfig(
     norm_topk_prob=True,
     **SIZES,
 )
-GQA = ModelConfig(architecture="Qwen3ForCausalLM", num_key_value_heads=2, head_dim=8, qk_norm=True, **SIZES)
-CONFIGS = {"mla": MLA, "gqa": GQA}
+QWEN = ModelConfig(architecture="Qwen3ForCausalLM", num_key_value_heads=2, head_dim=8, qk_norm=True, **SIZES)
+GQA = dataclasses.replace(  # with everything of ours, so that the engine carries what looks back over tokens
+    QWEN,
+    architecture="RorqualForCausalLM",
+    logit_softcap=15.0,
+    value_embeddings=True,
+    ngram_table_size=64,
+    triple_table_size=96,
+    x0_residual=True,
+    smear=True,
+)
+CONFIGS = {"mla": MLA, "gqa": GQA, "qwen": QWEN}
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +56,7 @@ def models() -> dict[str, Transformer]:
     return {name: Transformer(config).init_weights(1).eval() for name, config in CONFIGS.items()}
 
 
-@pytest.fixture(params=list(CONFIGS))
+@pytest.fixture(params=["mla", "gqa"])
 def model(request: pytest.FixtureRequest, models: dict[str, Transformer]) -> Transformer:
     return models[request.param]
 

@@ -211,7 +211,7 @@ def test_calibration_sees_every_matrix(fresh) -> None:
 
 def test_bits_a_weight_by_hand(fresh) -> None:
     """All at 8.5 bits but norms, of 2 layers x (input 32, post 32, q 8, k 8) and the last 32, at 16."""
-    model = fresh("gqa", 1)
+    model = fresh("qwen", 1)
     formats = quantize.formats(model, 8)
     total = sum(p.numel() for p in model.parameters())
     norms = 2 * (32 + 32 + 8 + 8) + 32

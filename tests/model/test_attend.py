@@ -73,7 +73,12 @@ def test_fused_equals_plain_with_gradients(make_model, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_do_not_see_each_other(make_model, family: str, plain: bool) -> None:
     """huggingface/nanoVLM#204: B after A equals B after A2 equals B alone."""
-    extra = {"architecture": "RorqualForCausalLM", "ngram_table_size": 64, "smear": True}
+    extra = {
+        "architecture": "RorqualForCausalLM",
+        "ngram_table_size": 64,
+        "triple_table_size": 96,
+        "smear": True,
+    }
     model = make_model(family, **extra)
     a, a2, b = (torch.randint(0, 160, (1, n)) for n in (9, 9, 12))
     documents = torch.tensor([[0] * 9 + [1] * 12])
@@ -91,6 +96,7 @@ def test_tables_and_smear_decode_as_they_train(make_model) -> None:
     extra = {
         "architecture": "RorqualForCausalLM",
         "ngram_table_size": 64,
+        "triple_table_size": 96,
         "smear": True,
         "value_embeddings": True,
         "x0_residual": True,

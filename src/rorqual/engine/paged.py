@@ -38,7 +38,7 @@ class Span:
 class Paged:
     """Built once a step; all layers share its gather indices and masks."""
 
-    def __init__(self, cache: PagedCache, spans: Sequence[Span], previous: Tensor) -> None:
+    def __init__(self, cache: PagedCache, spans: Sequence[Span], previous: tuple[Tensor, ...]) -> None:
         self.cache = cache
         self._previous = previous
         self.new_slots = torch.cat([s.slots[s.start :] for s in spans])
@@ -60,8 +60,8 @@ class Paged:
             self._mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
             self._even = bool((lengths == longest).all())
 
-    def previous_ids(self, ids: Tensor) -> Tensor:
-        return self._previous
+    def previous_ids(self, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+        return self._previous[:count]
 
     def mla(
         self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor

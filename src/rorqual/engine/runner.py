@@ -33,18 +33,18 @@ class Runner:
     def run(self, works: Sequence[Work], routing: Routing | None = None) -> Tensor:
         """Hidden states [N, D] of all scheduled tokens, in the order of `works`."""
         ids: list[int] = []
-        before: list[int] = []
+        back = range(1, self.model.looks_back + 1)
+        before: list[list[int]] = [[] for _ in back]
         positions: list[int] = []
         spans: list[Span] = []
         for work in works:
             tokens, end = work.sequence.tokens + work.sequence.draft, work.start + work.count
             spans.append(Span(len(ids), work.start, work.count, self._slots(work.sequence.blocks, end)))
             ids += tokens[work.start : end]
-            before += (
-                tokens[max(work.start - 1, 0) : end - 1] if work.start else [tokens[0], *tokens[: end - 1]]
-            )
+            for found, n in zip(before, back, strict=True):
+                found += [tokens[max(at - n, 0)] for at in range(work.start, end)]
             positions += range(work.start, end)
-        attend = Paged(self.cache, spans, torch.tensor(before))
+        attend = Paged(self.cache, spans, tuple(torch.tensor(found) for found in before))
         if self.cache.experts is not None and routing is None:
             routing = Routing()
         h: Tensor = self.model(torch.tensor(ids), torch.tensor(positions), attend, routing)

@@ -35,8 +35,9 @@ class Attend(Protocol):
     def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [*L, H, D], k [*L, Hkv, D], v [*L, Hkv, D] → [*L, H, D]."""
 
-    def previous_ids(self, ids: Tensor) -> Tensor:
-        """The token before each of `ids` [*L]; where none is, the token itself."""
+    def previous_ids(self, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+        """The token before each of `ids` [*L], the one before that, … `count` of them; where none is, the earliest
+        that is there."""
 
 
 class Causal:
@@ -60,7 +61,15 @@ class Causal:
     def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn.scale)
 
-    def previous_ids(self, ids: Tensor) -> Tensor:
+    def previous_ids(self, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+        found = []
+        for _ in range(count):
+            ids = self._shifted(ids)
+            found.append(ids)
+        return tuple(found)
+
+    def _shifted(self, ids: Tensor) -> Tensor:
+        """Each token's predecessor; a document's first token is its own."""
         shifted = torch.cat((ids[..., :1], ids[..., :-1]), -1)
         if self.document_ids is None:
             return shifted
@@ -105,7 +114,7 @@ class Tree(Causal):
         same = (branch[:, None] == branch[:, :, None]) | (branch == 0)[:, None]
         self._mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
 
-    def previous_ids(self, ids: Tensor) -> Tensor:
+    def _shifted(self, ids: Tensor) -> Tensor:
         return ids.gather(1, self._previous)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -122,7 +131,7 @@ class KVCache:
     """
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    last_ids: Tensor | None = None  # [B], for models that look at the previous token
+    last_ids: Tensor | None = None  # [B, up to 2], for models that look back
 
     def extend(self, layer: int, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Append [B, T, …] to a layer and return the whole of it [B, S, …]."""
@@ -167,10 +176,11 @@ class Cached:
         k, v = self.cache.extend(layer, k, v)
         return self._attend(q, k, v, attn.scale)
 
-    def previous_ids(self, ids: Tensor) -> Tensor:
-        before = ids[:, :1] if self.cache.last_ids is None else self.cache.last_ids[:, None]
-        self.cache.last_ids = ids[:, -1]
-        return torch.cat((before, ids[:, :-1]), 1)
+    def previous_ids(self, ids: Tensor, count: int) -> tuple[Tensor, ...]:
+        known = ids if self.cache.last_ids is None else torch.cat((self.cache.last_ids, ids), 1)
+        self.cache.last_ids = known[:, -count:]
+        at = torch.arange(known.shape[1] - ids.shape[1], known.shape[1], device=ids.device)
+        return tuple(known[:, (at - back).clamp(min=0)] for back in range(1, count + 1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         new, total = q.shape[1], k.shape[1]

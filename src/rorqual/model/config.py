@@ -89,6 +89,7 @@ class ModelConfig:
     logit_softcap: float | None = None  # c * tanh(logits / c)
     value_embeddings: bool = False  # a gated table row of the token added to the values, on every other layer
     ngram_table_size: int = 0  # rows of the table of hashed token pairs, added before each layer
+    triple_table_size: int = 0  # rows of another, of token triples
     x0_residual: bool = False  # each layer reads a learned mix of its input and the embeddings
     smear: bool = False  # each embedding takes a gated part of its predecessor's
 
@@ -154,7 +155,14 @@ class ModelConfig:
 
 
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
-EXTENSION_KEYS = ("logit_softcap", "value_embeddings", "ngram_table_size", "x0_residual", "smear")
+EXTENSION_KEYS = (
+    "logit_softcap",
+    "value_embeddings",
+    "ngram_table_size",
+    "triple_table_size",
+    "x0_residual",
+    "smear",
+)
 
 
 def _check(c: ModelConfig) -> None:
@@ -178,7 +186,8 @@ def _check(c: ModelConfig) -> None:
     )
     need(c.num_nextn_predict_layers >= 0, "num_nextn_predict_layers", "must be 0 or more")
     need(c.logit_softcap is None or c.logit_softcap > 0, "logit_softcap", "must be above 0, or null")
-    need(c.ngram_table_size >= 0, "ngram_table_size", "must be 0 (off) or more")
+    for name in ("ngram_table_size", "triple_table_size"):
+        need(getattr(c, name) >= 0, name, "must be 0 (off) or more")
     need(
         c.rotary_dim % 2 == 0 and c.rotary_dim > 0,
         "qk_rope_head_dim" if c.attention == "mla" else "head_dim",

@@ -80,7 +80,7 @@ def cost(config: ModelConfig) -> Cost:
     with torch.device("meta"):
         model = Transformer(config)
     mtp = sum(p.numel() for p in model.mtp.parameters())
-    tables = 0 if model.ngram is None else model.ngram.weight.numel()
+    tables = sum(t.weight.numel() for t in (model.ngram, model.triples) if t is not None)
     tables += sum(p.numel() for n, p in model.value_embeddings.named_parameters() if ".gate." not in n)
     total = idle = vectors = 0
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding

@@ -11,26 +11,28 @@ from torch import Tensor, nn
 
 from rorqual.model.config import ModelConfig
 
-# Two odd multipliers far apart in bits: a pair's hash must depend on both tokens and on their order.
-_FIRST, _SECOND = 0x9E3779B1, 0x85EBCA77
+# Odd multipliers far apart in bits: a hash must depend on every token and on their order.
+_MULTIPLIERS = (0x85EBCA77, 0x9E3779B1, 0xC2B2AE3D)
 
 
 class NgramTable(nn.Module):
-    """A table of hashed (previous token, token) pairs; each layer adds its row with a learned weight."""
+    """A table of the hashed last tokens, two or three; each layer adds its row with a learned weight."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, rows: int) -> None:
         super().__init__()
-        self.rows = config.ngram_table_size
+        self.rows = rows
         self.weight = nn.Parameter(torch.empty(self.rows, config.hidden_size))
         self.scale = nn.Parameter(torch.empty(config.num_hidden_layers))
 
-    def forward(self, ids: Tensor, previous: Tensor) -> Tensor:
-        """ids, previous [*L] → rows [*L, D]."""
-        return nn.functional.embedding(self.index(ids, previous), self.weight)
+    def forward(self, *tokens: Tensor) -> Tensor:
+        """The tokens [*L], those before them, and so on → rows [*L, D]."""
+        return nn.functional.embedding(self.index(*tokens), self.weight)
 
-    def index(self, ids: Tensor, previous: Tensor) -> Tensor:
-        """The row of each pair [*L]."""
-        mixed = (previous.long() * _FIRST) ^ (ids.long() * _SECOND)
+    def index(self, *tokens: Tensor) -> Tensor:
+        """The row of each pair or triple [*L]."""
+        mixed = tokens[0].long() * _MULTIPLIERS[0]
+        for t, multiplier in zip(tokens[1:], _MULTIPLIERS[1:]):
+            mixed = mixed ^ (t.long() * multiplier)
         return (mixed ^ (mixed >> 15)) % self.rows
 
 

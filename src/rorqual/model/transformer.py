@@ -44,7 +44,9 @@ class Transformer(nn.Module):
                 if has_value_embedding(config, i)
             }
         )
-        self.ngram = NgramTable(config) if config.ngram_table_size else None
+        pairs, triples = config.ngram_table_size, config.triple_table_size
+        self.ngram = NgramTable(config, pairs) if pairs else None
+        self.triples = NgramTable(config, triples) if triples else None
         self.x0_mix = nn.Parameter(torch.empty(config.num_hidden_layers, 2)) if config.x0_residual else None
         self.smear_gate = nn.Linear(config.hidden_size, 1, bias=True) if config.smear else None
         self.register_buffer("inv_freq", self._inv_freq(), persistent=False)
@@ -62,16 +64,18 @@ class Transformer(nn.Module):
         `recompute` drops each layer's activations and computes them again in the backward pass.
         """
         # Asked once: a cached context remembers the last tokens when it answers.
-        previous = attend.previous_ids(ids) if self.ngram is not None or self.smear_gate is not None else None
-        x = self.embed(ids, previous)
+        before = attend.previous_ids(ids, self.looks_back) if self.looks_back else ()
+        x = self.embed(ids, before[0] if before else None)
         cos, sin = self.rope(positions)
         x0 = x
-        pairs = None if self.ngram is None or previous is None else self.ngram(ids, previous)
+        rows = [
+            (t.scale, t(ids, *before[:n])) for n, t in ((1, self.ngram), (2, self.triples)) if t is not None
+        ]
         for i, layer in enumerate(self.layers):
             if self.x0_mix is not None:
                 x = self.x0_mix[i, 0] * x + self.x0_mix[i, 1] * x0
-            if pairs is not None and self.ngram is not None:
-                x = x + (self.ngram.scale[i] * pairs).to(x.dtype)
+            for scale, row in rows:
+                x = x + (scale[i] * row).to(x.dtype)
             table = str(i)
             value = self.value_embeddings[table](ids, x) if table in self.value_embeddings else None
             if recompute:
@@ -80,6 +84,11 @@ class Transformer(nn.Module):
                 x = layer(x, cos, sin, attend, routing, value)
         out: Tensor = self.norm(x)
         return out
+
+    @property
+    def looks_back(self) -> int:
+        """How many tokens before each one the embeddings and tables read."""
+        return 2 if self.triples is not None else int(self.ngram is not None or self.smear_gate is not None)
 
     def embed(self, ids: Tensor, previous: Tensor | None = None) -> Tensor:
         """ids [*L] → embeddings [*L, D], smeared with their predecessors' where the config says so."""
@@ -147,8 +156,9 @@ class Transformer(nn.Module):
                     p.normal_(0.0, self.config.initializer_range, generator=generator)
             if self.x0_mix is not None:
                 self.x0_mix.copy_(torch.tensor([1.0, 0.0]).expand_as(self.x0_mix))
-            if self.ngram is not None:
-                self.ngram.scale.fill_(0.1)
+            for table in (self.ngram, self.triples):
+                if table is not None:
+                    table.scale.fill_(0.1)
             if self.smear_gate is not None:
                 self.smear_gate.bias.fill_(-4.0)  # nearly closed: a token starts as itself
             for _, router in self.routers():

@@ -16,6 +16,7 @@ OPTIONS: dict[str, Any] = {
     "logit_softcap": None,
     "value_embeddings": False,
     "ngram_table_size": 0,
+    "triple_table_size": 0,
     "x0_residual": False,
     "smear": False,
     "num_nextn_predict_layers": 0,

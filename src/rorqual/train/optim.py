@@ -19,7 +19,7 @@ EPS = 1e-8
 
 def kind(name: str, p: Tensor) -> str:
     """Which rule a parameter follows: matrix, embedding, head or vector."""
-    if name.startswith(("embed_tokens", "ngram.weight")) or (
+    if name.startswith(("embed_tokens", "ngram.weight", "triples.weight")) or (
         name.startswith("value_embeddings") and ".gate." not in name
     ):
         return "embedding"

@@ -9,7 +9,14 @@ from rorqual.errors import ConfigError
 from rorqual.model.config import ModelConfig
 
 Family = Literal["deepseek", "llama"]
-EXTENSIONS = ("logit_softcap", "value_embeddings", "ngram_table_size", "x0_residual", "smear")
+EXTENSIONS = (
+    "logit_softcap",
+    "value_embeddings",
+    "ngram_table_size",
+    "triple_table_size",
+    "x0_residual",
+    "smear",
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Shape:
     logit_softcap: float | None = None
     value_embeddings: bool = False
     ngram_table_size: int = 0
+    triple_table_size: int = 0
     x0_residual: bool = False
     smear: bool = False
 
