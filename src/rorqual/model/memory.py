@@ -31,7 +31,7 @@ class NgramTable(nn.Module):
     def index(self, *tokens: Tensor) -> Tensor:
         """The row of each pair or triple [*L]."""
         mixed = tokens[0].long() * _MULTIPLIERS[0]
-        for t, multiplier in zip(tokens[1:], _MULTIPLIERS[1:]):
+        for t, multiplier in zip(tokens[1:], _MULTIPLIERS[1:], strict=False):
             mixed = mixed ^ (t.long() * multiplier)
         return (mixed ^ (mixed >> 15)) % self.rows
 
