@@ -21,12 +21,12 @@ from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 
 
-def write_quantised(config: ModelConfig, folder: Path, bits: int = 4) -> None:
+def write_quantised(config: ModelConfig, folder: Path, bits: int = 4, head: int = 8) -> None:
     """A folder as `rorqual quantize` writes it."""
     folder.mkdir(parents=True)
     with torch.device("meta"):
         model = Transformer(config).to(torch.bfloat16)
-        formats = quantize.formats(model, bits)
+        formats = quantize.formats(model, bits, head=head)
         quantize.empty(model, formats)
     generator = torch.Generator().manual_seed(0)
     mins = {name for name, f in formats.items() if f.kind == "int4_min"}

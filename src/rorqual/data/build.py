@@ -227,8 +227,11 @@ def _second_pass(
     vocab = Tokenizer.from_json(tokenizer_json).vocab_size
     splits: dict[str, Any] = {}
     for split in ("train", "heldout"):
-        say(f"tokenising {spool.documents[split]:,} documents ({split})")
+        total = spool.documents[split]
+        say(f"tokenising {total:,} documents ({split})")
         writer = ShardWriter(work / split, vocab)
+        done, began = 0, time.monotonic()
+        said = began
         for kept, dropped, cut in run(finish_batch, ((b, split, setup) for b in batches(spool.read(split)))):
             for ids, size in kept:
                 writer.add(ids, size)
@@ -237,6 +240,11 @@ def _second_pass(
                 tally.kept -= 1
                 tally.drop("boilerplate" if reason.startswith("empty") else "overlap", reason, doc)
             tally.boilerplate_lines += cut
+            done += len(kept) + len(dropped)
+            if time.monotonic() - said > 2:
+                said = time.monotonic()
+                left = (said - began) * (total - done) / done
+                say(f"tokenised {done:,} of {total:,} documents, about {left:,.0f} s to go")
         splits[split] = describe(writer.close())
     forget()
     return splits
