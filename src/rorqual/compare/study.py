@@ -53,6 +53,11 @@ class Point:
         return mean(r.wall_seconds for r in self.results)
 
     @property
+    def processor_seconds(self) -> float:
+        """Of one core: what the seconds would be on a machine that does nothing else."""
+        return mean(r.cpu_seconds for r in self.results)
+
+    @property
     def bytes(self) -> float:
         return mean(r.peak_bytes for r in self.results)
 
@@ -71,7 +76,7 @@ class Match:
 
     @property
     def factors(self) -> dict[str, float]:
-        """How many times less the recipe needs: tokens, FLOPs, seconds, memory."""
+        """How many times less the recipe needs: tokens, FLOPs, seconds on the clock and of the processor, memory."""
         if self.passing is None:
             return {}
         b, p = self.baseline, self.passing
@@ -79,6 +84,7 @@ class Match:
             "tokens": b.results[0].tokens / p.results[0].tokens,
             "FLOPs": b.flops / p.flops,
             "seconds": b.seconds / p.seconds,
+            "processor seconds": b.processor_seconds / p.processor_seconds,
             "memory": b.bytes / p.bytes,
         }
 
