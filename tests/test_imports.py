@@ -22,7 +22,7 @@ ALLOWED = {
     "eval": {"engine", "model", "data", "verify", "checkpoint", "text"},
     "compare": {"train", "data", "checkpoint", "model", "text"},
     "server": {"engine", "text"},
-    "lab": {"train", "rl", "eval", "compare"},
+    "lab": {"train", "rl", "eval", "compare", "checkpoint"},
 }
 TOP = {"cli", "demo", "__init__", "__main__"}  # may use everything below
 ONLY_IN = {

@@ -56,6 +56,9 @@ COMMANDS: dict[str, Command] = {
         "loss against compute over a ladder of runs, and what it predicts",
     ),
     "rl": Command("rorqual.rl.command", "rl", "make a model better at problems that a program can check"),
+    "lab": Command(
+        "rorqual.lab.command", "lab", "start an idea at once at the smallest rung; the good ones get more"
+    ),
     "eval": Command("rorqual.eval.command", "evaluate", "accuracy and bits per byte with intervals; compare"),
     "serve": Command(
         "rorqual.server.command",
