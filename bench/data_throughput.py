@@ -62,7 +62,7 @@ def ours(texts: list[str]) -> dict[str, float]:
     size = sum(len(t.encode()) for t in texts) / 1e6
     docs = [Document(t, "bench", "prose") for t in texts]
     tokenizer = Tokenizer.from_json(train_bpe(texts[:2000], 8192))
-    dedup, held = Deduplicator(), NgramSet(texts[:50])
+    dedup, held = Deduplicator(), NgramSet.of(texts[:50])
     stages: dict[str, Callable[[], object]] = {
         "normalise": lambda: [normalise(d) for d in docs],
         "quality": lambda: [quality(d) for d in docs],

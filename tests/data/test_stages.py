@@ -130,8 +130,8 @@ def test_lines_in_many_documents_are_boilerplate(make_article) -> None:
 
 
 def test_overlap_is_counted_in_13_grams(make_article) -> None:
-    held = NgramSet([make_article(1)])
+    held = NgramSet.of([make_article(1)])
     assert held.share(make_article(1)) == 1
     assert held.share(make_article(2)) < 0.05
     assert 0.3 < held.share(make_article(1) + make_article(2)) < 0.7
-    assert NgramSet([]).share("anything") == 0
+    assert NgramSet.of([]).share("anything") == 0

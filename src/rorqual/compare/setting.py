@@ -34,14 +34,16 @@ PARTS: dict[str, Overrides] = {
     "zero-output": {"shape.zero_output": True},
     "qk-norm": {"shape.qk_norm": True},
     "softcap": {"shape.logit_softcap": 15.0},
-    "pairs": {"shape.ngram_table_size": 65536},
+    # A table's row is seen seldom: it wants a higher rate and a longer memory of its gradients' size than embeddings do.
+    "pairs": {"shape.ngram_table_size": 65536, "optim.embedding_lr": 0.12, "optim.betas": [0.9, 0.99]},
+    "triples": {"shape.triple_table_size": 65536, "optim.embedding_lr": 0.12, "optim.betas": [0.9, 0.99]},
     "values": {"shape.value_embeddings": True},
     "x0": {"shape.x0_residual": True},
     "smear": {"shape.smear": True},
     "experts": {"shape.family": "deepseek", "shape.experts": 32, "shape.attention": "gqa"},
     "mla": {"shape.family": "deepseek", "shape.attention": "mla"},
 }  # fmt: skip
-TABLES = ("pairs", "values")  # parameters without products
+TABLES = ("pairs", "triples", "values")  # parameters without products
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def known(part: str) -> str:
 BASE = Setting("baseline")
 RECIPE = Setting(
     "recipe",
-    ("muon", "wsd", "zero-output", "qk-norm", "softcap", "pairs", "values", "x0", "smear", "experts"),
+    ("muon", "wsd", "zero-output", "qk-norm", "softcap", "pairs", "triples", "values", "x0", "smear"),
 )
+EXPERTS = RECIPE.plus("recipe with experts", ("experts",))  # they pay from about 10 tokens a weight on
 EQUAL_PARAMETERS = BASE.plus("baseline with the tables", TABLES)
 EQUAL_OPTIMIZER = BASE.plus("baseline under Muon", ("muon",))

@@ -23,8 +23,9 @@ from rorqual.data.bpe import train_bpe, write_tokenizer
 from rorqual.data.config import BuildConfig
 from rorqual.data.dedup import Deduplicator
 from rorqual.data.document import Document
-from rorqual.data.finish import batches, finish_batch, forget
+from rorqual.data.finish import COUNTS, EVALUATION, HELDOUT, batches, finish_batch, forget
 from rorqual.data.judge import judge_unit
+from rorqual.data.overlap import NgramSet
 from rorqual.data.report import write_report
 from rorqual.data.shards import ShardWriter, describe, id_dtype
 from rorqual.data.sources import Skipped, find_files, read_unit, units
@@ -86,16 +87,15 @@ def _build_in(
                 f"no document was kept of {tally.documents:,} read; removed by: {_reasons(tally, skipped)}"
             )
         tokenizer_json = _tokenizer_json(config, given, spool, work, tally, say)
-        counts = work / "lines.u8"
-        counter.counts.tofile(counts)
-        heldout = [d["text"] for d in spool.read("heldout")]
         begin = time.perf_counter()
-        splits = _second_pass(
-            config, run, spool, counts, tokenizer_json, heldout, evaluation, work, tally, say
-        )
+        counter.counts.tofile(work / COUNTS)
+        NgramSet.of(d["text"] for d in spool.read("heldout")).save(work / HELDOUT)
+        NgramSet.of(evaluation).save(work / EVALUATION)
+        splits = _second_pass(config, run, spool, tokenizer_json, work, tally, say)
         tally.seconds["cut, tokenise, write"] = time.perf_counter() - begin
     spool.remove()
-    counts.unlink()
+    for name in (COUNTS, HELDOUT, EVALUATION):
+        (work / name).unlink()
     tokenizer = Tokenizer.load(work)
     meta = {
         "format": 1,
@@ -214,16 +214,12 @@ def _second_pass(
     config: BuildConfig,
     run: Run,
     spool: Spool,
-    counts: Path,
     tokenizer_json: str,
-    heldout: list[str],
-    evaluation: Sequence[str],
     work: Path,
     tally: Tally,
     say: Say,
 ) -> dict[str, Any]:
     forget()  # a worker of this same process (workers=1) may hold an earlier build's
-    setup = (str(work), str(counts), heldout, list(evaluation), config.stages)
     vocab = Tokenizer.from_json(tokenizer_json).vocab_size
     splits: dict[str, Any] = {}
     for split in ("train", "heldout"):
@@ -232,7 +228,8 @@ def _second_pass(
         writer = ShardWriter(work / split, vocab)
         done, began = 0, time.monotonic()
         said = began
-        for kept, dropped, cut in run(finish_batch, ((b, split, setup) for b in batches(spool.read(split)))):
+        found = batches(spool.read(split))
+        for kept, dropped, cut in run(finish_batch, ((b, split, work, config.stages) for b in found)):
             for ids, size in kept:
                 writer.add(ids, size)
                 tally.kept_bytes += size

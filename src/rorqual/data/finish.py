@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,21 +65,21 @@ class Finisher:
 _finisher: Finisher | None = None  # of this process
 
 
-def _prepare(
-    tokenizer_dir: str, counts: str, heldout: list[str], evaluation: list[str], stages: Stages
-) -> None:
+COUNTS, HELDOUT, EVALUATION = "lines.u8", "heldout.u64", "evaluation.u64"  # files in the build's folder
+
+
+def _prepare(folder: Path, stages: Stages) -> None:
     global _finisher
-    table = np.memmap(counts, dtype=np.uint8, mode="r")
-    _finisher = Finisher(
-        Tokenizer.load(tokenizer_dir), table, NgramSet(heldout), NgramSet(evaluation), stages
-    )
+    table = np.memmap(folder / COUNTS, dtype=np.uint8, mode="r")
+    heldout, evaluation = (NgramSet.open(folder / name) for name in (HELDOUT, EVALUATION))
+    _finisher = Finisher(Tokenizer.load(folder), table, heldout, evaluation, stages)
 
 
-def finish_batch(task: tuple[list[dict[str, str]], str, tuple[Any, ...]]) -> tuple[list[Any], list[Any], int]:
-    """In a worker: tokenise a batch of documents of one split."""
-    trees, split, setup = task
+def finish_batch(task: tuple[list[dict[str, str]], str, Path, Stages]) -> tuple[list[Any], list[Any], int]:
+    """In a worker: tokenise a batch of documents of one split, with what lies in the build's folder."""
+    trees, split, folder, stages = task
     if _finisher is None:
-        _prepare(*setup)
+        _prepare(folder, stages)
     assert _finisher is not None
     return _finisher.finish(trees, split)
 

@@ -7,6 +7,7 @@ set, or SHARE of its own with the held-out set (documents of one project share l
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +19,26 @@ SHARE = 0.2
 
 
 class NgramSet:
-    """A sorted set of 13-grams of a few reference texts."""
+    """A sorted set of 13-grams of reference texts. Saved to a file, it is shared by all processes that open it."""
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, grams: NDArray[np.uint64]) -> None:
+        self._grams = grams
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> NgramSet:
+        """The set of these texts."""
         found = [_grams(t) for t in texts]
-        self._grams = np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64)
+        return cls(np.unique(np.concatenate(found)) if found else np.empty(0, dtype=np.uint64))
+
+    def save(self, path: Path) -> None:
+        """Write it for `open`."""
+        self._grams.tofile(path)
+
+    @classmethod
+    def open(cls, path: Path) -> NgramSet:
+        """A saved set, mapped from its file."""
+        empty = not path.stat().st_size  # which cannot be mapped
+        return cls(np.empty(0, dtype=np.uint64) if empty else np.memmap(path, dtype=np.uint64, mode="r"))
 
     def __len__(self) -> int:
         return len(self._grams)
