@@ -27,7 +27,7 @@ BASELINE: Overrides = {
 
 # Each part of the recipe: what it sets, on top of the baseline.
 PARTS: dict[str, Overrides] = {
-    "muon": {"optim.name": "muon", "optim.lr": 0.012, "optim.embedding_lr": 0.03, "optim.head_lr": 0.006},
+    "muon": {"optim.name": "muon", "optim.lr": 0.012, "optim.embedding_lr": 0.06, "optim.head_lr": 0.025},
     "wsd": {
         "schedule.name": "wsd", "schedule.warmup": 0.02, "schedule.cooldown": 0.5, "schedule.floor": 0.05,
     },
@@ -35,8 +35,8 @@ PARTS: dict[str, Overrides] = {
     "qk-norm": {"shape.qk_norm": True},
     "softcap": {"shape.logit_softcap": 15.0},
     # A table's row is seen seldom: it wants a higher rate and a longer memory of its gradients' size than embeddings do.
-    "pairs": {"shape.ngram_table_size": 65536, "optim.embedding_lr": 0.12, "optim.betas": [0.9, 0.99]},
-    "triples": {"shape.triple_table_size": 65536, "optim.embedding_lr": 0.12, "optim.betas": [0.9, 0.99]},
+    "pairs": {"shape.ngram_table_size": 65536, "optim.embedding_lr": 0.2, "optim.betas": [0.9, 0.99]},
+    "triples": {"shape.triple_table_size": 65536, "optim.embedding_lr": 0.2, "optim.betas": [0.9, 0.99]},
     "values": {"shape.value_embeddings": True},
     "x0": {"shape.x0_residual": True},
     "smear": {"shape.smear": True},
