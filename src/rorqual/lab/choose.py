@@ -15,6 +15,7 @@ class Wish:
     priority: int
     target: int
     bonus: bool = False
+    alone: bool = False  # a guest who may run where nobody else does: the best of its rung
 
 
 @dataclass(frozen=True)

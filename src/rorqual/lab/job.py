@@ -87,6 +87,9 @@ class Backend(Protocol):
     def kill(self, handle: str, token: str) -> None:
         """End all of it at once."""
 
+    def held_mb(self, handle: str) -> float | None:
+        """Memory that an attempt holds; None where the back-end itself keeps to the limit."""
+
     def close(self) -> None:
         """Let go of what the back-end holds; attempts go on."""
 

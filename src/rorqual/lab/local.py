@@ -11,7 +11,7 @@ from pathlib import Path
 from rorqual.errors import RunError
 from rorqual.lab.child import environment
 from rorqual.lab.job import Job
-from rorqual.lab.processes import identity, is_here, is_running, pid_of, send, with_token
+from rorqual.lab.processes import identity, is_here, is_running, memory_mb, pid_of, send, with_token
 
 
 class Local:
@@ -62,6 +62,9 @@ class Local:
             send(pid, signal.SIGKILL)
         if handle in self._children:
             self._children[handle].wait()
+
+    def held_mb(self, handle: str) -> float | None:
+        return memory_mb(pid_of(handle))
 
     def close(self) -> None:
         self._children.clear()

@@ -49,8 +49,8 @@ class RayActors:
         path = os.pathsep.join(p for p in sys.path if p)
         try:
             ray.init(
-                address=address or "local", namespace=NAMESPACE, log_to_driver=False, include_dashboard=None if address else False,
-                ignore_reinit_error=True, runtime_env={"env_vars": {"PYTHONPATH": path}},
+                address=address or "local", namespace=NAMESPACE, log_to_driver=False, ignore_reinit_error=True,
+                include_dashboard=None if address else False, runtime_env={"env_vars": {"PYTHONPATH": path}},
             )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError) as e:
             raise RunError(f"ray={address!r}: no cluster there ({e})") from e
@@ -105,6 +105,9 @@ class RayActors:
 
     def kill(self, handle: str, token: str) -> None:
         self._drop(handle or name(token))
+
+    def held_mb(self, handle: str) -> float | None:
+        return None
 
     def close(self) -> None:
         self.ray.shutdown()

@@ -102,13 +102,15 @@ def due(ladder: Ladder, standings: Sequence[Standing]) -> list[Promotion]:
 
 
 def best_left(ladder: Ladder, standings: Sequence[Standing]) -> Promotion | None:
-    """Where nothing else is to do: the best of a rung, if it was not promoted, goes on all the same. So a lone idea
-    climbs, and the best of 28 is not lost because the 27 before it had taken the places."""
+    """Where nothing else is to do: the best of a rung, if it has not gone on, does so as a guest. So a lone idea climbs,
+    and the best of 28 is not lost because the 27 before it had taken the places."""
     for rung in reversed(range(ladder.top)):
-        there = on(ladder, standings, rung)
-        leader = next((s for s in there if not s.out), None)
-        if leader is not None and _may_go_on(ladder, leader, rung):
-            return Promotion(leader.trial, rung + 1, 1, len(there), len(there) // ladder.eta, "best")
+        there = sorted(
+            (s for s in standings if s.reached > rung and not s.out),
+            key=lambda s: (ladder.key(s.values[rung]), s.trial),
+        )
+        if there and there[0].reached == rung + 1 and _finite(ladder, there[0], rung):
+            return Promotion(there[0].trial, rung + 1, 1, len(there), len(there) // ladder.eta, "best")
     return None
 
 

@@ -18,7 +18,6 @@ from typing import TextIO
 from rorqual.errors import RorqualError
 from rorqual.lab.choose import Busy, Wish, make_room, order
 from rorqual.lab.job import Backend, Job, Outcome, seen, tail
-from rorqual.lab.processes import memory_mb, pid_of
 from rorqual.lab.rungs import Promotion, Standing, best_left, bonus, due
 from rorqual.lab.settings import Settings
 from rorqual.lab.store import Attempt, Ended, Store, Study, Trial
@@ -169,14 +168,12 @@ class Scheduler:
             step, value = seen(self.store.folder_of(trial), self._study(trial.study).metric)
             if step != attempt.step:
                 found.append((attempt.id, trial.id, step, value))
-            if attempt.backend == "local" and attempt.handle:
-                held, limit = memory_mb(pid_of(attempt.handle)), self.settings.slot_memory_mb
-                if held > limit:
-                    watch = self.watches[attempt.id]
-                    watch.killed = (
-                        f"held {held:,.0f} MB, a slot has {limit:,}; make it smaller, or set memory_mb"
-                    )
-                    self.backend.kill(attempt.handle, self._token(attempt))
+            held = self.backend.held_mb(attempt.handle) if attempt.handle else None
+            limit = self.settings.slot_memory_mb
+            if held is not None and held > limit:
+                watch = self.watches[attempt.id]
+                watch.killed = f"held {held:,.0f} MB, a slot has {limit:,}; make it smaller, or set memory_mb"
+                self.backend.kill(attempt.handle or "", self._token(attempt))
         if found:
             self.store.progress(found)
 
@@ -196,7 +193,7 @@ class Scheduler:
         wishes, promotions = self._wishes(waiting, busy)
         free = self.settings.slot_count - len(running)
         if not wishes:
-            return bool(running)
+            return bool(running) or self._resting(waiting)
         shares = self._shares(busy)
         backlog = sum(w.target > 0 and not w.bonus for w in wishes)
         first = backlog >= 3
@@ -204,8 +201,8 @@ class Scheduler:
         while wishes:
             wish = order(wishes, busy, shares, first)[0]
             wishes.remove(wish)
-            if wish.bonus and not any(not b.bonus for b in busy):
-                break  # idle time beside nothing is not idle: the lab is done
+            if wish.bonus and not wish.alone and all(b.bonus for b in busy):
+                continue  # a slot beside nobody is not idle: the lab is done
             if free > 0:
                 started = self._start(wish, waiting, promotions)
                 if started is None:
@@ -214,6 +211,8 @@ class Scheduler:
                 free -= 1
                 # Every promotion changes who is next.
                 return True
+            if wish.bonus:
+                continue
             if leaving > 0:
                 leaving -= 1  # this one gets the slot that is being left
                 continue
@@ -226,7 +225,11 @@ class Scheduler:
             self.backend.leave(attempt.handle or "")
             self.watches[attempt.id].asked = self.watches[attempt.id].repeated = self.clock()
             busy = [b if b.attempt != victim.attempt else _leaving(b) for b in busy]
-        return bool(running) or any(not w.bonus for w in wishes)
+        return bool(running) or bool(wishes) or self._resting(waiting)
+
+    def _resting(self, waiting: dict[int, Trial]) -> bool:
+        """Whether somebody waits only because it failed a moment ago."""
+        return any(self.again_at.get(t, 0.0) > self.clock() for t in waiting)
 
     def _wishes(
         self, waiting: dict[int, Trial], busy: list[Busy]
@@ -248,26 +251,29 @@ class Scheduler:
             if not found and not active:
                 left = best_left(study.ladder, standings)
                 found = [] if left is None else [left]
-            if not found and idle and self.settings.bonus and active:
+            elif not found and idle and self.settings.bonus:
                 found = bonus(study.ladder, standings)[:1]
-            for promotion in found:
-                trial = self.store.trial(promotion.trial)
-                if promotion.why != "bonus" and trial.state != "paused":
-                    self._promote(study, promotion)  # it is there or on its way: only the place changes
+            for p in found:
+                trial = self.store.trial(p.trial)
+                guest = p.why != "place"
+                if not guest and (trial.state != "paused" or trial.reached > p.rung):
+                    self._promote(study, p)  # it is there or on its way: only the place changes
                     self.standings.pop(study.id, None)
-                elif promotion.why != "bonus" and trial.reached > promotion.rung:
-                    self._promote(study, promotion)
-                    self.standings.pop(study.id, None)
-                else:
-                    promotions[trial.id] = study, promotion
-                    wishes = [w for w in wishes if w.trial != trial.id]
-                    wishes.append(
-                        Wish(trial.id, trial.who, trial.priority, promotion.rung, promotion.why == "bonus")
-                    )
+                    if any(w.trial == trial.id for w in wishes):
+                        wishes = [w for w in wishes if w.trial != trial.id]
+                        wishes.append(Wish(trial.id, trial.who, trial.priority, trial.target))
+                    continue
+                wishes = [w for w in wishes if w.trial != trial.id]
+                wish = Wish(trial.id, trial.who, trial.priority, p.rung, guest, p.why == "best")
+                if trial.state == "paused":
+                    promotions[trial.id] = study, p
+                    wishes.append(wish)
+                elif trial.state == "waiting":
+                    wishes.append(wish)  # a guest who had to leave
         return wishes, promotions
 
     def _promote(self, study: Study, p: Promotion) -> bool:
-        return self.store.promote(p.trial, p.rung, p.why != "bonus", because(study, p))
+        return self.store.promote(p.trial, p.rung, p.why == "place", because(study, p))
 
     def _start(
         self, wish: Wish, waiting: dict[int, Trial], promotions: dict[int, tuple[Study, Promotion]]
@@ -341,7 +347,7 @@ class Scheduler:
         if self.store.running():
             return True
         wishes, _ = self._wishes({t.id: t for t in self.store.trials("waiting")}, [])
-        return not self._no_space() and any(not w.bonus for w in wishes)
+        return not self._no_space() and any(not w.bonus or w.alone for w in wishes)
 
     def run(self, stay: bool = False, stop: Callable[[], bool] = lambda: False) -> None:
         """Tick until there has been no work for `idle` seconds, or until told to stop; trials that run go on."""
@@ -370,7 +376,7 @@ def because(study: Study, p: Promotion) -> str:
     if p.why == "place":
         return f"{to}: {where}, {p.places} {'has' if p.places == 1 else 'have'} a place"
     if p.why == "best":
-        return f"{to}: {where}, and nothing else is to do"
+        return f"{to} as a guest: {where}, and nothing else is to do"
     return f"{to} as a guest: {where}, a slot is idle"
 
 

@@ -71,6 +71,9 @@ class Slurm:
         for number in {handle, self.find(token)} - {"", None}:
             self._call("scancel", str(number), check=False)
 
+    def held_mb(self, handle: str) -> float | None:
+        return None
+
     def close(self) -> None:
         self._states.clear()
 
