@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rorqual.checkpoint import hf
+from rorqual.checkpoint.lora import Lora, LoraLinear, add_lora, load_adapter, merge_lora, save_adapter
 from rorqual.checkpoint.tensors import TensorFile
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model.attend import Causal
@@ -16,7 +17,6 @@ from rorqual.model.transformer import Transformer
 from rorqual.train import checkpoint
 from rorqual.train.command import SftOptions
 from rorqual.train.config import TrainConfig
-from rorqual.train.lora import Lora, LoraLinear, add_lora, load_adapter, merge_lora, save_adapter
 from rorqual.train.metrics import read
 from rorqual.train.run import train
 from rorqual.train.sft import SftConfig, sft

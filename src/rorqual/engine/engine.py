@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import secrets
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rorqual.device import format_bytes
-from rorqual.engine.blocks import BlockPool, root_hash
+from rorqual.engine.adapters import Adapter
+from rorqual.engine.blocks import BlockPool, Hash, root_hash
 from rorqual.engine.cache import PagedCache
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.quantised import is_packed
@@ -51,6 +53,8 @@ class Engine:
         self.weights_version = 0
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
+        self._adapters: dict[str, Adapter] = {}
+        self._loaded = 0  # adapters so far
 
     def _count_blocks(self, dtype: torch.dtype) -> int:
         size = self.config.block_size
@@ -85,7 +89,8 @@ class Engine:
         prompt, params = request.prompt_ids, request.params
         if request.request_id in self._sequences:
             raise RequestError(f"request_id {request.request_id!r} is in use", param="request_id")
-        if request.model is not None:
+        adapter = self._adapters.get(request.model or "")
+        if request.model is not None and adapter is None:
             raise RequestError(
                 f"model {request.model!r}: no adapter of this name", param="model", code="model_not_found"
             )
@@ -129,8 +134,10 @@ class Engine:
             max_tokens=min(params.max_tokens, room),
             stop=StopChecker(self.tokenizer, params.stop),
             seed=params.seed if params.seed is not None else secrets.randbits(63),
-            hashes=[root_hash(f"{self.weights_version}/{request.cache_salt}")],
+            hashes=[],
+            adapter=adapter,
         )
+        sequence.hashes = [self._root(sequence)]
         self._sequences[sequence.id] = sequence
         self.scheduler.add(sequence)
 
@@ -203,6 +210,9 @@ class Engine:
         with torch.no_grad():
             for name, value in weights.items():
                 own[name].copy_(value)
+        running = {s.adapter for s in self._sequences.values() if s.adapter is not None}
+        for adapter in running | set(self._adapters.values()):
+            adapter.refresh()
         self.reset_cache()
 
     def reset_cache(self) -> None:
@@ -212,7 +222,26 @@ class Engine:
             self.scheduler._preempt(sequence)
         self.pool.forget_all()
         for sequence in self._sequences.values():
-            sequence.hashes = [root_hash(f"{self.weights_version}/{sequence.request.cache_salt}")]
+            sequence.hashes = [self._root(sequence)]
+
+    def _root(self, sequence: Sequence) -> Hash:
+        """What a sequence's first block is named after: whoever shares a block shares weights and salt."""
+        weights = 0 if sequence.adapter is None else sequence.adapter.number
+        return root_hash(f"{self.weights_version}/{weights}/{sequence.request.cache_salt}")
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Serve a LoRA adapter: requests name it as their model. Raises RequestError for a name in use, ConfigError and
+        CheckpointError where the adapter cannot be used with this model."""
+        if name in self._adapters:
+            raise RequestError(f"adapter {name!r} is loaded already; unload it first", param="model")
+        self._adapters[name] = Adapter(self.model, folder, self._loaded + 1)
+        self._loaded += 1
+
+    def unload_adapter(self, name: str) -> None:
+        """Take no more requests for an adapter; those under way are finished with it."""
+        if name not in self._adapters:
+            raise RequestError(f"adapter {name!r}: none of this name is loaded", param="model")
+        del self._adapters[name]
 
     def check(self) -> None:
         """Assert that blocks are all accounted for; for tests, when idle."""

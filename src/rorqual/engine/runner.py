@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rorqual.engine.adapters import Adapter
 from rorqual.engine.cache import PagedCache
 from rorqual.engine.paged import Paged, Span
 from rorqual.engine.scheduler import Work
@@ -30,10 +32,25 @@ class Runner:
         self.cache.experts = torch.zeros(shape, dtype=torch.int16)
 
     @torch.inference_mode()
-    def run(self, works: Sequence[Work], routing: Routing | None = None) -> Tensor:
-        """Hidden states [N, D] of all scheduled tokens, in the order of `works`."""
+    def run(self, works: Sequence[Work]) -> Tensor:
+        """Hidden states [N, D] of all scheduled tokens, in the order of `works`; those of one adapter together."""
+        groups: dict[Adapter | None, list[int]] = defaultdict(list)
+        for i, work in enumerate(works):
+            groups[work.sequence.adapter].append(i)
+        parts: list[Tensor] = [torch.empty(0)] * len(works)
+        for adapter, members in groups.items():
+            own = [works[i] for i in members]
+            h = self._run(self.model if adapter is None else adapter.model, own)
+            if len(groups) == 1:
+                return h
+            found = h.split([w.count for w in own])
+            for i, part in zip(members, found, strict=True):
+                parts[i] = part
+        return torch.cat(parts)
+
+    def _run(self, model: Transformer, works: Sequence[Work]) -> Tensor:
         ids: list[int] = []
-        back = range(1, self.model.looks_back + 1)
+        back = range(1, model.looks_back + 1)
         before: list[list[int]] = [[] for _ in back]
         positions: list[int] = []
         spans: list[Span] = []
@@ -45,9 +62,8 @@ class Runner:
                 found += [tokens[max(at - n, 0)] for at in range(work.start, end)]
             positions += range(work.start, end)
         attend = Paged(self.cache, spans, tuple(torch.tensor(found) for found in before))
-        if self.cache.experts is not None and routing is None:
-            routing = Routing()
-        h: Tensor = self.model(torch.tensor(ids), torch.tensor(positions), attend, routing)
+        routing = None if self.cache.experts is None else Routing()
+        h: Tensor = model(torch.tensor(ids), torch.tensor(positions), attend, routing)
         if self.cache.experts is not None and routing is not None:
             chosen = torch.stack([routing.chosen[layer] for layer in self.moe_layers], 1)
             self.cache.experts[attend.new_slots] = chosen.to(torch.int16)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rorqual.engine.blocks import Hash
 from rorqual.engine.request import Request, TokenLogprob
 from rorqual.engine.stop import StopChecker
+
+if TYPE_CHECKING:
+    from rorqual.engine.adapters import Adapter
 
 
 @dataclass(eq=False)
@@ -20,6 +24,7 @@ class Sequence:
     stop: StopChecker
     seed: int
     hashes: list[Hash]  # [0] is the root; one more for each full block that was named
+    adapter: Adapter | None = None  # whose weights compute it; None: the engine's own
     tokens: list[int] = field(default_factory=list)
     computed: int = 0
     blocks: list[int] = field(default_factory=list)

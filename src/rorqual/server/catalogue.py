@@ -139,4 +139,6 @@ async def unload_adapter(caller: Caller, body: bytes) -> Reply:
     if model.adapter is None:
         raise invalid(f"{request.lora_name!r} is a model, not an adapter", "lora_name")
     caller.service.models.remove(request.lora_name)
+    engine: Any = model.bridge.engine  # which loaded it, so it has adapters
+    await model.bridge.run_on_engine(lambda: engine.unload_adapter(model.adapter))
     return Json({"id": request.lora_name, "object": "model", "deleted": True})

@@ -78,7 +78,7 @@ class SftOptions:
 
     def config(self) -> SftConfig:
         """The run that these options mean."""
-        from rorqual.train.lora import TARGETS, Lora
+        from rorqual.checkpoint.lora import TARGETS, Lora
         from rorqual.train.sft import SftConfig
 
         lora = None

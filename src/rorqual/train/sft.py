@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rorqual.checkpoint import hf
 from rorqual.checkpoint.loaded import check_vocabulary
+from rorqual.checkpoint.lora import Lora, add_lora, merge_lora, save_adapter
 from rorqual.errors import ConfigError
 from rorqual.model.transformer import Transformer
 from rorqual.text.template import ChatTemplate
@@ -17,7 +18,6 @@ from rorqual.text.tokenizer import Tokenizer
 from rorqual.train.chat import Example, examples, read_chats
 from rorqual.train.config import Optim, Schedule, TrainConfig, due
 from rorqual.train.evaluate import byte_lengths, heldout
-from rorqual.train.lora import Lora, add_lora, merge_lora, save_adapter
 from rorqual.train.packs import Packs
 from rorqual.train.run import conduct
 from rorqual.train.sample import sample

@@ -77,7 +77,7 @@ def add_lora(model: Transformer, lora: Lora, seed: int) -> Transformer:
     """Freeze the model and put adapters beside its targets, in place."""
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parent, name, layer in list(_linears(model)):
+    for parent, name, layer in list(linears(model)):
         if name in lora.targets:
             setattr(parent, name, LoraLinear(layer, lora, generator))
     if not any(p.requires_grad for p in model.parameters()):
@@ -88,7 +88,7 @@ def add_lora(model: Transformer, lora: Lora, seed: int) -> Transformer:
 def merge_lora(model: Transformer) -> Transformer:
     """A copy of the model without adapters, their products added to its weights."""
     plain = copy.deepcopy(model)
-    for parent, name, layer in list(_linears(plain)):
+    for parent, name, layer in list(linears(plain)):
         if isinstance(layer, LoraLinear):
             setattr(parent, name, layer.merged())
     return plain.requires_grad_(True)
@@ -153,7 +153,7 @@ def _adapters(model: Transformer) -> list[tuple[str, LoraLinear]]:
     return [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLinear)]
 
 
-def _linears(model: Transformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def linears(model: Transformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name, layer) of every linear layer inside the layers and MTP modules."""
     for root in (*model.layers, *model.mtp):
         for parent in root.modules():

@@ -1,0 +1,69 @@
+"""Row 68: adapters come and go under their own names while streams run, on the real engine."""
+
+from pathlib import Path
+
+import torch
+
+from rorqual.checkpoint import hf
+from rorqual.checkpoint.lora import Lora, LoraLinear, add_lora, save_adapter
+from rorqual.data.bpe import train_bpe, write_tokenizer
+from rorqual.engine.config import EngineConfig
+from rorqual.model.transformer import Transformer
+from rorqual.server.loading import load_served
+from rorqual.text.tokenizer import Tokenizer
+from rorqual.train.config import Shape
+
+
+def base_and_adapter(folder: Path) -> tuple[Path, Path]:
+    """A tiny model with a tokenizer, and an adapter that changes its answers."""
+    write_tokenizer(folder, train_bpe(["def f(x):\n    return x\n"] * 3, 300))
+    vocab = Tokenizer.load(folder).vocab_size
+    shape = Shape(depth=2, width=32, heads=2, experts=4, experts_per_token=2, zero_output=False)
+    model = Transformer(shape.model(vocab, 512, 0, None)).init_weights(0)
+    hf.save_model(model, folder / "model", tokenizer_from=folder)
+    add_lora(model, Lora(), 0)
+    for layer in model.modules():
+        if isinstance(layer, LoraLinear):
+            torch.nn.init.normal_(layer.lora_b, std=0.5)
+    save_adapter(model, folder / "adapter", Lora(), "base")
+    return folder / "model", folder / "adapter"
+
+
+def test_row_68_an_adapter_comes_and_goes_without_dropping_streams(start, tmp_path: Path) -> None:
+    base, adapter = base_and_adapter(tmp_path)
+    live = start(
+        load=lambda name, path: load_served(name, path, 8, EngineConfig(cache_tokens=2048), "float32")
+    )
+    assert live.client.post("/v1/models/load", json={"model": "base", "path": str(base)}).status_code == 200
+
+    def ask(model: str, **more: object) -> dict[str, object]:
+        return {
+            "model": model, "messages": [{"role": "user", "content": "hi"}], "temperature": 0, "max_tokens": 12,
+            "ignore_eos": True, **more,
+        }  # fmt: skip
+
+    def text(model: str) -> str:
+        answer = live.client.post("/v1/chat/completions", json=ask(model)).json()
+        return str(answer["choices"][0]["message"]["content"])
+
+    alone = text("base")
+    body = ask("base", stream=True, max_tokens=200)
+    with live.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        parts = response.iter_bytes()
+        got = next(parts)
+        wish = {"lora_name": "mine", "lora_path": str(adapter), "base_model": "base"}
+        assert live.client.post("/v1/load_lora_adapter", json=wish).status_code == 200
+        assert live.client.post("/v1/load_lora_adapter", json=wish).status_code == 409
+        adapted = text("mine")
+        assert adapted != alone
+        gone = live.client.post("/v1/unload_lora_adapter", json={"lora_name": "mine"})
+        assert gone.json()["deleted"]
+        got += b"".join(parts)
+    assert got.endswith(b"data: [DONE]\n\n")
+    assert text("base") == alone
+    assert live.client.post("/v1/chat/completions", json=ask("mine")).status_code == 404
+    assert live.client.post("/v1/load_lora_adapter", json=wish).status_code == 200
+    assert text("mine") == adapted
+    wrong = live.client.post("/v1/load_lora_adapter", json={**wish, "lora_name": "x", "lora_path": str(base)})
+    assert wrong.status_code == 400
+    assert "adapter_config" in wrong.json()["error"]["message"]
