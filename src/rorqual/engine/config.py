@@ -28,7 +28,15 @@ class EngineConfig:
     cache_completions: bool = (
         True  # whether a later prompt may find a completion's blocks, as in a conversation
     )
+    # Logits to the bit whatever the neighbours, chunks and cache: each request is computed alone, prompts in chunks that
+    # begin at fixed places; slower with many requests
+    batch_invariant: bool = False
     speculate: int = 0  # tokens guessed by n-gram look-up in each step of a request; 0: none
+
+    @property
+    def chunk(self) -> int:
+        """Where `batch_invariant` chunks begin: multiples of this many tokens."""
+        return self.max_num_batched_tokens // self.block_size * self.block_size
 
     def __post_init__(self) -> None:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
@@ -41,6 +49,16 @@ class EngineConfig:
             )
         if self.speculate < 0:
             raise ConfigError(f"speculate={self.speculate}: must be 0 (off) or more")
+        if self.batch_invariant and self.speculate:
+            raise ConfigError(
+                f"batch_invariant=True and speculate={self.speculate}: checked guesses are computed together, and their "
+                "logits are not those of one at a time; leave one of them out"
+            )
+        if self.batch_invariant and self.max_num_batched_tokens < self.block_size:
+            raise ConfigError(
+                f"batch_invariant=True: max_num_batched_tokens={self.max_num_batched_tokens} must hold a block of "
+                f"{self.block_size} tokens"
+            )
         for name in ("max_model_len", "cache_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

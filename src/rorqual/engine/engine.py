@@ -49,7 +49,7 @@ class Engine:
         self.pool = BlockPool(blocks)
         self.cache = PagedCache(model.config, blocks * size, dtype, torch.device("cpu"))
         self.scheduler = Scheduler(self.pool, self.config)
-        self.runner = Runner(model, self.cache, size)
+        self.runner = Runner(model, self.cache, size, self.config.batch_invariant)
         self.weights_version = 0
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0

@@ -19,8 +19,11 @@ from rorqual.model.transformer import Transformer
 class Runner:
     """Turns work into hidden states: gathers tokens, positions and slots and runs the layers once."""
 
-    def __init__(self, model: Transformer, cache: PagedCache, block_size: int) -> None:
+    def __init__(self, model: Transformer, cache: PagedCache, block_size: int, alone: bool = False) -> None:
         self.model, self.cache, self.block_size = model, cache, block_size
+        self.alone = (
+            alone  # each piece of work and each row of logits by itself: neighbours cannot change a bit
+        )
         self._places = torch.arange(block_size)
         self.moe_layers = sorted(
             layer for layer, _ in model.routers() if layer < model.config.num_hidden_layers
@@ -34,6 +37,9 @@ class Runner:
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> Tensor:
         """Hidden states [N, D] of all scheduled tokens, in the order of `works`; those of one adapter together."""
+        if self.alone:
+            models = [self.model if w.sequence.adapter is None else w.sequence.adapter.model for w in works]
+            return torch.cat([self._run(m, [w]) for m, w in zip(models, works, strict=True)])
         groups: dict[Adapter | None, list[int]] = defaultdict(list)
         for i, work in enumerate(works):
             groups[work.sequence.adapter].append(i)
@@ -77,6 +83,8 @@ class Runner:
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
         """h [M, D] → [M, V] float32."""
+        if self.alone:
+            return torch.cat([self.model.logits(row[None]) for row in h]).float()
         return self.model.logits(h).float()
 
     def _slots(self, blocks: Sequence[int], length: int) -> Tensor:

@@ -63,24 +63,42 @@ class Scheduler:
         for sequence in sorted(self.running, key=lambda s: (len(s.tokens) - s.computed > 1, s.order)):
             if sequence not in self.running or budget == 0:
                 continue  # pre-empted by one before it
-            count = min(len(sequence.tokens) - sequence.computed, budget)
+            count = self._count(sequence, budget)
+            if not count:
+                continue
             if count == len(sequence.tokens) - sequence.computed == 1 and not self.waiting:
                 count += self._guess(sequence, budget - 1 - self._left(sequence, work))
             if self._reserve(sequence, count, work):
                 work.append(Work(sequence, sequence.computed, count))
-                budget -= count
+                budget -= self._charge(sequence, count)
         while self.waiting and budget and len(self.running) < self.config.max_num_seqs:
             sequence = self.waiting[0]
             self._find_prefix(sequence)
-            count = min(len(sequence.tokens) - sequence.computed, budget)
-            if not self._grow(sequence, count):
+            count = self._count(sequence, budget)
+            if not count or not self._grow(sequence, count):
                 self._release(sequence)
                 break
             self.waiting.pop(0)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             work.append(Work(sequence, sequence.computed, count))
-            budget -= count
+            budget -= self._charge(sequence, count)
         return work
+
+    def _count(self, sequence: Sequence, budget: int) -> int:
+        """How many tokens a sequence computes next. Where logits may not depend on neighbours: up to the next fixed place
+        of its prompt or none, and what it has said itself one by one, as when it was said."""
+        left = len(sequence.tokens) - sequence.computed
+        if not self.config.batch_invariant:
+            return min(left, budget)
+        if sequence.computed >= sequence.prompt_len:
+            return 1
+        chunk = self.config.chunk
+        count = min(chunk - sequence.computed % chunk, sequence.prompt_len - sequence.computed)
+        return count if count <= budget else 0
+
+    def _charge(self, sequence: Sequence, count: int) -> int:
+        """What of the step's budget that is: with fixed chunks all of it is for prompts, or none would ever fit."""
+        return 0 if self.config.batch_invariant and count == 1 else count
 
     def _left(self, sequence: Sequence, work: list[Work]) -> int:
         """Running sequences that have no work yet: each is sure of a token before anyone guesses."""
@@ -105,6 +123,8 @@ class Scheduler:
             if self.config.cache_completions
             else min(sequence.computed, sequence.prompt_len)
         )
+        if self.config.batch_invariant:  # whole chunks of prompts alone are computed alike in every request
+            reach = min(reach, sequence.prompt_len) // self.config.chunk * self.config.chunk
         full = reach // size
         self._name(sequence, full)
         while sequence.published < full:
@@ -158,6 +178,9 @@ class Scheduler:
             if block is None:
                 break
             sequence.blocks.append(block)
+        if self.config.batch_invariant:  # a part of a chunk would leave a rest that nobody computes like that
+            for _ in range(len(sequence.blocks) % (self.config.chunk // size)):
+                self.pool.release(sequence.blocks.pop())
         sequence.published = len(sequence.blocks)
         sequence.computed = len(sequence.blocks) * size
         if sequence.cached_tokens is None:

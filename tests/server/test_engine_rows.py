@@ -1,5 +1,6 @@
-"""Row 68: adapters come and go under their own names while streams run, on the real engine."""
+"""Rows of the table that need the real engine: adapters that come and go, and logits that neighbours cannot change."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -67,3 +68,22 @@ def test_row_68_an_adapter_comes_and_goes_without_dropping_streams(start, tmp_pa
     wrong = live.client.post("/v1/load_lora_adapter", json={**wish, "lora_name": "x", "lora_path": str(base)})
     assert wrong.status_code == 400
     assert "adapter_config" in wrong.json()["error"]["message"]
+
+
+def test_row_66_logits_are_equal_to_the_bit_for_one_and_for_eight_at_once(start, tmp_path: Path) -> None:
+    base, _ = base_and_adapter(tmp_path)
+    config = EngineConfig(cache_tokens=4096, batch_invariant=True)
+    live = start(load=lambda name, path: load_served(name, path, 16, config, "float32"))
+    assert live.client.post("/v1/models/load", json={"model": "base", "path": str(base)}).status_code == 200
+
+    def scores(i: int) -> list[float]:
+        body = {
+            "model": "base", "messages": [{"role": "user", "content": "x" * (20 + i)}], "max_tokens": 16, "seed": i,
+            "ignore_eos": True, "logprobs": True,
+        }  # fmt: skip
+        answer = live.client.post("/v1/chat/completions", json=body).json()
+        return [t["logprob"] for t in answer["choices"][0]["logprobs"]["content"]]
+
+    alone = [scores(i) for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(scores, range(8))) == alone
