@@ -1,5 +1,8 @@
 """Initialisation, recomputation, tied heads and MTP."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -97,3 +100,14 @@ def test_flat_and_batched_positions_agree_outside_attention(make_model, family: 
     flat = model.rope(torch.arange(6))
     batched = model.rope(torch.arange(6).view(2, 3))
     assert torch.equal(flat[0].view(2, 3, -1), batched[0])
+
+
+def test_a_model_without_memory_is_built_without_the_compiler() -> None:
+    """torch's own initialisers import torch._dynamo on the meta device: seconds in every load and every count."""
+    code = (
+        "import sys, torch; from rorqual.model.published import published\n"
+        "from rorqual.model.transformer import Transformer\n"
+        "with torch.device('meta'): Transformer(published('deepseek-v2-lite'))\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,5 @@
-"""Rows of the table that need the real engine: adapters that come and go, and logits that neighbours cannot change."""
+"""Rows of the table that need the real engine: adapters that come and go, logits that neighbours cannot change, a cache
+that outlives the server."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,3 +88,20 @@ def test_row_66_logits_are_equal_to_the_bit_for_one_and_for_eight_at_once(start,
     alone = [scores(i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(scores, range(8))) == alone
+
+
+def test_row_55_a_restarted_server_answers_from_the_disk_and_says_so(start, tmp_path: Path) -> None:
+    base, _ = base_and_adapter(tmp_path)
+    config = EngineConfig(cache_tokens=2048, disk_cache=tmp_path / "blocks")
+    body = {"model": "base", "messages": [{"role": "user", "content": "a long text " * 6}], "max_tokens": 4}
+    usages = []
+    for _ in range(2):
+        live = start(load=lambda name, path: load_served(name, path, 8, config, "float32"))
+        assert (
+            live.client.post("/v1/models/load", json={"model": "base", "path": str(base)}).status_code == 200
+        )
+        usages.append(live.client.post("/v1/chat/completions", json=body).json()["usage"])
+    first, second = usages
+    assert first["prompt_cache_hit_tokens"] == 0
+    assert second["prompt_cache_hit_tokens"] == (first["prompt_tokens"] - 1) // 16 * 16 > 0
+    assert second["prompt_cache_miss_tokens"] == second["prompt_tokens"] - second["prompt_cache_hit_tokens"]

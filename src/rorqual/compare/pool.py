@@ -71,7 +71,7 @@ class Pool:
                     job, process = running.pop(sentinel)
                     process.join()
                     if process.exitcode == 0 and job.result is not None:
-                        self.say(line(job.result, len(waiting) + len(running)))
+                        self.say(line(job, job.result, len(waiting) + len(running)))
                     elif self._stop.signal is not None:
                         raise Stopped(self._stop.signal)
                     else:
@@ -107,9 +107,10 @@ def _work(job: Job) -> None:
         sys.exit(FAILED)
 
 
-def line(r: Result, waiting: int) -> str:
+def line(job: Job, r: Result, waiting: int) -> str:
     """A finished run in a line."""
+    name = " ".join((r.setting, *(f"{key.rpartition('.')[2]}={value}" for key, value in job.setting.more)))
     return (
-        f"{r.setting:<28} {r.steps:>6,} steps, seed {r.seed}: loss {r.loss:.4f}, {r.flops:.2e} FLOPs, "
+        f"{name:<34} {r.steps:>6,} steps, seed {r.seed}: loss {r.loss:.4f}, {r.flops:.2e} FLOPs, "
         f"{r.wall_seconds:.0f} s, {r.peak_bytes / 1e6:.0f} MB" + (f"; {waiting} to go" if waiting else "")
     )

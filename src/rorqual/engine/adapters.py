@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rorqual.checkpoint.lora import LoraLinear, linears, load_adapter
+from rorqual.engine.disk_cache import digest
 from rorqual.engine.quantised import is_packed
 from rorqual.errors import ConfigError
 from rorqual.model.transformer import Transformer
@@ -21,17 +22,13 @@ class Adapter:
     merged model, to the bit; the price is the memory of the changed projections.
     """
 
-    def __init__(self, base: Transformer, folder: Path, number: int) -> None:
-        """`number` tells it from every other that the engine has loaded, under whatever name.
-
-        Raises ConfigError for a quantised model, CheckpointError where the adapter does not fit.
-        """
+    def __init__(self, base: Transformer, folder: Path) -> None:
+        """Raises ConfigError for a quantised model, CheckpointError where the adapter does not fit."""
         if is_packed(base):
             raise ConfigError(
                 f"adapter {folder}: this model is quantised, and adapters are added to wide weights; serve the model "
                 "as it was before `rorqual quantize`, or merge the adapter and quantise that"
             )
-        self.number = number
         shared = {id(t): t for t in chain(base.parameters(), base.buffers())}
         self.model: Transformer = copy.deepcopy(base, shared)
         trained = [p for p in base.parameters() if p.requires_grad]
@@ -39,6 +36,11 @@ class Adapter:
         for p in trained:  # which loading froze: they are the base's own
             p.requires_grad_(True)
         self._pairs: list[tuple[LoraLinear, nn.Linear]] = []
+        # What blocks that it computed are named after: the same adapter, loaded again, finds them.
+        tensors = [(n, p) for n, p in self.model.named_parameters() if ".lora_" in n]
+        self.digest = digest(
+            tensors, [m.scaling for m in self.model.modules() if isinstance(m, LoraLinear)]
+        ).hex()
         for parent, name, layer in list(linears(self.model)):
             if isinstance(layer, LoraLinear):
                 merged = layer.merged()

@@ -71,6 +71,7 @@ def bench(argv: Sequence[str]) -> int:
 
 def measure(engine: Engine, options: BenchOptions, bandwidth: float, peak: float) -> list[Figure]:
     """Every figure, one after the other, on an engine that does nothing else."""
+    from rorqual.engine.cache import token_bytes
     from rorqual.model.cost import cost
 
     bill = cost(engine.model.config)
@@ -78,7 +79,7 @@ def measure(engine: Engine, options: BenchOptions, bandwidth: float, peak: float
     figures = []
     for context in (c for c in options.contexts if c + options.tokens < engine.max_model_len):
         speed = decode(engine, 1, context, options.tokens)
-        read = weights + context * bill.cache_elements * engine.cache.itemsize
+        read = weights + context * token_bytes(engine.model.config, engine.cache.dtype)
         figures.append(Figure(f"decode, context {context:,}", speed, speed * read / bandwidth))
     for batch in options.batches:
         if batch > 1:

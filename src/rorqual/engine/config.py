@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rorqual.errors import ConfigError
@@ -18,9 +19,8 @@ class EngineConfig:
     block_size: int = 16  # tokens of a cache block
     cache_tokens: int | None = None  # tokens that the cache holds; None: as cache_memory allows
     cache_memory: float = 1e9  # bytes for the cache
-    cache_dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # auto: the weights', bfloat16 where they are quantised
-    )
+    # auto: the weights', bfloat16 where they are quantised; int8: about half of bfloat16, in groups of 64 with a scale
+    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens of one step: a long prompt is computed in chunks of this size
     max_waiting: int = 1024  # requests queued beyond those running
@@ -28,6 +28,8 @@ class EngineConfig:
     cache_completions: bool = (
         True  # whether a later prompt may find a completion's blocks, as in a conversation
     )
+    disk_cache: Path | None = None  # a folder where full blocks are kept, also beyond a restart
+    disk_cache_bytes: float = 1e10  # of that folder; the least recently used go first
     # Logits to the bit whatever the neighbours, chunks and cache: each request is computed alone, prompts in chunks that
     # begin at fixed places; slower with many requests
     batch_invariant: bool = False
@@ -49,6 +51,10 @@ class EngineConfig:
             )
         if self.speculate < 0:
             raise ConfigError(f"speculate={self.speculate}: must be 0 (off) or more")
+        if self.disk_cache is not None and not self.prefix_cache:
+            raise ConfigError(
+                f"disk_cache={self.disk_cache}: contradicts prefix_cache=False; leave one of them out"
+            )
         if self.batch_invariant and self.speculate:
             raise ConfigError(
                 f"batch_invariant=True and speculate={self.speculate}: checked guesses are computed together, and their "

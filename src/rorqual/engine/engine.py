@@ -12,8 +12,9 @@ from torch import Tensor
 from rorqual.device import format_bytes
 from rorqual.engine.adapters import Adapter
 from rorqual.engine.blocks import BlockPool, Hash, root_hash
-from rorqual.engine.cache import PagedCache
+from rorqual.engine.cache import PagedCache, token_bytes
 from rorqual.engine.config import EngineConfig
+from rorqual.engine.disk_cache import DiskCache, digest
 from rorqual.engine.quantised import is_packed
 from rorqual.engine.request import Delta, EngineStats, FinishReason, Request, TokenLogprob
 from rorqual.engine.runner import Runner
@@ -22,9 +23,11 @@ from rorqual.engine.scheduler import Scheduler, Work
 from rorqual.engine.sequence import Sequence
 from rorqual.engine.stop import StopChecker
 from rorqual.errors import CapacityError, ConfigError, RequestError
-from rorqual.model.cost import cost
 from rorqual.model.transformer import Transformer
 from rorqual.text.tokenizer import Tokenizer
+
+# uint8: rows of signed bytes and half scales
+CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
 class Engine:
@@ -42,25 +45,34 @@ class Engine:
         # Quantised models keep float32 activations; their cache would gain nothing from it but size.
         dtype = torch.bfloat16 if is_packed(model) else next(model.parameters()).dtype
         if self.config.cache_dtype != "auto":
-            dtype = getattr(torch, self.config.cache_dtype)
+            dtype = CACHE_DTYPES[self.config.cache_dtype]
         blocks = self._count_blocks(dtype)
         size = self.config.block_size
         self.max_model_len = self._choose_length(blocks * size)
         self.pool = BlockPool(blocks)
         self.cache = PagedCache(model.config, blocks * size, dtype, torch.device("cpu"))
-        self.scheduler = Scheduler(self.pool, self.config)
+        self.scheduler = Scheduler(self.pool, self.config, self._disk_cache())
         self.runner = Runner(model, self.cache, size, self.config.batch_invariant)
         self.weights_version = 0
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
         self._adapters: dict[str, Adapter] = {}
-        self._loaded = 0  # adapters so far
+
+    def _disk_cache(self) -> DiskCache | None:
+        c = self.config
+        if c.disk_cache is None:
+            return None
+        chunk = c.chunk if c.batch_invariant else 0  # rows depend on it in their last bits
+        owner = digest(
+            self.model.state_dict().items(), self.model.config, self.cache.dtype, c.block_size, chunk
+        )
+        return DiskCache(c.disk_cache, c.disk_cache_bytes, self.cache, c.block_size, owner)
 
     def _count_blocks(self, dtype: torch.dtype) -> int:
         size = self.config.block_size
         if self.config.cache_tokens is not None:
             return -(-self.config.cache_tokens // size)
-        row = cost(self.model.config).cache_elements * dtype.itemsize
+        row = token_bytes(self.model.config, dtype)
         blocks = int(self.config.cache_memory // (row * size))
         if blocks < 1:
             raise CapacityError(
@@ -218,6 +230,7 @@ class Engine:
     def reset_cache(self) -> None:
         """Forget every cached block, as after a change of the weights."""
         self.weights_version += 1
+        self.scheduler.store = None  # what is on disk is the first weights'
         for sequence in list(self.scheduler.running):
             self.scheduler._preempt(sequence)
         self.pool.forget_all()
@@ -226,7 +239,7 @@ class Engine:
 
     def _root(self, sequence: Sequence) -> Hash:
         """What a sequence's first block is named after: whoever shares a block shares weights and salt."""
-        weights = 0 if sequence.adapter is None else sequence.adapter.number
+        weights = "" if sequence.adapter is None else sequence.adapter.digest
         return root_hash(f"{self.weights_version}/{weights}/{sequence.request.cache_salt}")
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -234,8 +247,7 @@ class Engine:
         CheckpointError where the adapter cannot be used with this model."""
         if name in self._adapters:
             raise RequestError(f"adapter {name!r} is loaded already; unload it first", param="model")
-        self._adapters[name] = Adapter(self.model, folder, self._loaded + 1)
-        self._loaded += 1
+        self._adapters[name] = Adapter(self.model, folder)
 
     def unload_adapter(self, name: str) -> None:
         """Take no more requests for an adapter; those under way are finished with it."""

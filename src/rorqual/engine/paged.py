@@ -67,30 +67,32 @@ class Paged:
         self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor
     ) -> Tensor:
         rows = self.cache.latent[layer]
-        rows[self.new_slots] = torch.cat((c_kv, k_rope), -1).to(rows.dtype)
+        new = torch.cat((c_kv, k_rope), -1)
+        self.cache.write(rows, self.new_slots, new)
         out = q_nope.new_empty(*q_nope.shape[:2], attn.v_head_dim)
         if len(self._rows):
             q = torch.cat((attn.absorb_query(q_nope[self._rows]), q_rope[self._rows]), -1)
             out[self._rows] = attn.expand_output(self._decode_latent(q, rows, attn))
         for span in self._chunks:
             part = slice(span.row, span.row + span.count)
-            out[part] = self._chunk_latent(q_nope[part], q_rope[part], rows[span.slots], span, attn)
+            seen = self.cache.read(rows, span.slots, new)
+            out[part] = self._chunk_latent(q_nope[part], q_rope[part], seen, span, attn)
         return out
 
     def gqa(self, layer: int, attn: GQA, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.new_slots] = k.to(keys.dtype)
-        values[self.new_slots] = v.to(values.dtype)
+        self.cache.write(keys, self.new_slots, k)
+        self.cache.write(values, self.new_slots, v)
         out = torch.empty_like(q)
         if self._native is not None:
             out[self._rows] = gqa_attention(q[self._rows], keys, values, self._native, attn.scale).to(q.dtype)
         elif len(self._rows):
             mask = None if self._even else self._mask
-            k_all, v_all = (x[self._gather].to(q.dtype).transpose(1, 2) for x in (keys, values))
+            k_all, v_all = (self.cache.read(x, self._gather, q).transpose(1, 2) for x in (keys, values))
             out[self._rows] = attention(q[self._rows].unsqueeze(2), k_all, v_all, attn.scale, mask).squeeze(2)
         for span in self._chunks:
             part = slice(span.row, span.row + span.count)
-            k_all, v_all = (x[span.slots].to(q.dtype).transpose(0, 1)[None] for x in (keys, values))
+            k_all, v_all = (self.cache.read(x, span.slots, q).transpose(0, 1)[None] for x in (keys, values))
             result = _causal_tail(q[part].transpose(0, 1)[None], k_all, v_all, attn.scale, span)
             out[part] = result[0].transpose(0, 1)
         return out
@@ -100,14 +102,13 @@ class Paged:
         copies of them, heads being rows of one product."""
         if self._native is not None:
             return mla_attention(q, rows, self._native, attn.kv_lora_rank, attn.scale).to(q.dtype)
-        keys = rows[self._gather].to(q.dtype)  # [B, S, C + R]
+        keys = self.cache.read(rows, self._gather, q)  # [B, S, C + R]
         scores = (q @ keys.mT).float() * attn.scale
         if not self._even:
             scores = scores.masked_fill(~self._mask[:, 0], float("-inf"))
         return scores.softmax(-1).to(q.dtype) @ keys[..., : attn.kv_lora_rank]
 
     def _chunk_latent(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, span: Span, attn: MLA) -> Tensor:
-        rows = rows.to(q_nope.dtype)
         c_kv, k_rope = rows.split([attn.kv_lora_rank, attn.qk_rope_head_dim], -1)
         if absorbed_is_cheaper(span.count, len(span.slots), attn):
             q = torch.cat((attn.absorb_query(q_nope), q_rope), -1)  # [T, H, C + R]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import Protocol
 
-from rorqual.engine.blocks import BlockPool, block_hash
+from rorqual.engine.blocks import BlockPool, Hash, block_hash
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.sequence import Sequence
 from rorqual.engine.speculative import propose
@@ -35,11 +36,21 @@ class Work:
         return max(0, self.start + self.count - len(self.sequence.tokens))
 
 
+class BlockStore(Protocol):
+    """Where full blocks are kept beyond the pool."""
+
+    def load(self, name: Hash, block: int) -> bool:
+        """Fill a block with what is kept under a name; False where there is nothing."""
+
+    def save(self, name: Hash, block: int) -> None:
+        """Keep a full block."""
+
+
 class Scheduler:
     """Queues of waiting and running sequences over one pool of blocks."""
 
-    def __init__(self, pool: BlockPool, config: EngineConfig) -> None:
-        self.pool, self.config = pool, config
+    def __init__(self, pool: BlockPool, config: EngineConfig, store: BlockStore | None = None) -> None:
+        self.pool, self.config, self.store = pool, config, store
         self.waiting: list[Sequence] = []  # in order
         self.running: list[Sequence] = []  # in order
         self.preemptions = 0
@@ -130,6 +141,8 @@ class Scheduler:
         while sequence.published < full:
             index = sequence.published
             self.pool.publish(sequence.blocks[index], sequence.hashes[index + 1])
+            if self.store is not None:
+                self.store.save(sequence.hashes[index + 1], sequence.blocks[index])
             sequence.published += 1
 
     def _reserve(self, sequence: Sequence, count: int, work: list[Work]) -> bool:
@@ -176,6 +189,8 @@ class Scheduler:
         for index in range(wanted):
             block = self.pool.find(sequence.hashes[index + 1])
             if block is None:
+                block = self._fetch(sequence.hashes[index + 1])
+            if block is None:
                 break
             sequence.blocks.append(block)
         if self.config.batch_invariant:  # a part of a chunk would leave a rest that nobody computes like that
@@ -187,6 +202,19 @@ class Scheduler:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
             self.hit_tokens += sequence.cached_tokens
             self.query_tokens += sequence.prompt_len
+
+    def _fetch(self, name: Hash) -> int | None:
+        """A block filled from the store, findable from now on."""
+        if self.store is None:
+            return None
+        block = self.pool.allocate()
+        if block is None:
+            return None
+        if not self.store.load(name, block):
+            self.pool.release(block)
+            return None
+        self.pool.publish(block, name)
+        return block
 
     def _name(self, sequence: Sequence, full: int) -> None:
         """Hash the first `full` blocks' tokens, as far as not done yet."""

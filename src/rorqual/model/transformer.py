@@ -29,7 +29,9 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # An empty weight given: drawing one on the meta device would import the compiler, seconds in every load.
+        empty = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=empty)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -49,7 +51,11 @@ class Transformer(nn.Module):
         self.triples = NgramTable(config, triples) if triples else None
         self.x0_mix = nn.Parameter(torch.empty(config.num_hidden_layers, 2)) if config.x0_residual else None
         self.smear_gate = nn.Linear(config.hidden_size, 1, bias=True) if config.smear else None
-        self.register_buffer("inv_freq", self._inv_freq(), persistent=False)
+        nowhere = (
+            empty.device.type == "meta"
+        )  # there even arange would import the compiler; loading fills it in
+        freq = torch.empty(config.rotary_dim // 2) if nowhere else self._inv_freq()
+        self.register_buffer("inv_freq", freq, persistent=False)
 
     def forward(
         self,
