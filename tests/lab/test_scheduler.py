@@ -126,6 +126,17 @@ def test_anyone_starts_at_once_beside_a_long_run(make_lab: Make) -> None:
     assert any("new and short" in e.text for e in lab.store.events(trial=1))
 
 
+def test_making_room_never_goes_round_in_a_circle(make_lab: Make) -> None:
+    """Many new ideas beside many promoted trials: whoever made room would be first again, and nobody got anywhere."""
+    lab = make_lab(budgets=(10, 300), quantum=60.0)
+    for i in range(27):
+        lab.add(float(i))
+    lab.finish(most=10 * 27 + 9 * 300 + 200)
+    left = sum(e.kind == "left" for e in lab.store.events())
+    assert left <= 27
+    assert all(lab.store.results(n) for n in range(1, 28))
+
+
 def test_a_lone_guest_leaves_for_anyone(make_lab: Make) -> None:
     lab = make_lab(budgets=(1, 3000))
     lone = lab.add(1.0)

@@ -5,15 +5,18 @@ argparse, not tyro: `lab status` answers in a fifth of a second, of which tyro's
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rorqual.errors import ConfigError
 from rorqual.lab.store import PRIORITIES, Store
+
+if TYPE_CHECKING:
+    from rorqual.lab.idea import Idea
+    from rorqual.lab.settings import Settings
 
 DESCRIPTION = "Anyone starts an idea at once at the smallest rung; the best of each rung are given more."
 
@@ -80,8 +83,10 @@ def parser() -> argparse.ArgumentParser:
 def _idea() -> argparse.ArgumentParser:
     """Options that try and space share."""
     idea = argparse.ArgumentParser(add_help=False)
-    idea.add_argument("config", nargs="?", metavar="CONFIG",
-                      help="a config file of `rorqual train`, or a Python function as module:function")  # fmt: skip
+    idea.add_argument(
+        "config", nargs="?", metavar="CONFIG",
+        help="a config file of `rorqual train`, or a Python function as module:function",
+    )  # fmt: skip
     idea.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="pairs")
     idea.add_argument(
         "--data", action="append", default=[], type=Path, help="a folder of `rorqual data build`"
@@ -90,26 +95,52 @@ def _idea() -> argparse.ArgumentParser:
         "--command", help="a program that keeps the contract; {folder}, {budget}, {resume} are put in"
     )
     idea.add_argument("--name")
-    idea.add_argument("--who", default=None, help="default: the user's name")
+    idea.add_argument("--who", help="default: the user's name")
     idea.add_argument("--priority", choices=list(PRIORITIES), default="normal")
     idea.add_argument("--study", help="trials that are measured alike compete; default: by steps and measure")
     idea.add_argument("--steps", type=int, help="of the last rung; default: the config's")
-    idea.add_argument("--eta", type=int, default=3, help="of each rung the best 1/eta go on")
-    idea.add_argument("--rungs", type=int, default=3)
-    idea.add_argument(
-        "--metric", help="key of metrics.jsonl that is compared; default: heldout_bpb of train, else loss"
-    )
-    idea.add_argument("--goal", choices=("min", "max"), default="min")
+    idea.add_argument("--eta", type=int, help="of each rung the best 1/eta go on; default: 3")
+    idea.add_argument("--rungs", type=int, help="default: 3")
+    idea.add_argument("--metric", help="key of metrics.jsonl; default: heldout_bpb of train, else loss")
+    idea.add_argument("--goal", choices=("min", "max"))
     idea.add_argument("--foreground", action="store_true", help="schedule here and show what happens")
     idea.add_argument("--hold", action="store_true", help="only put it in the queue; no scheduler is started")
     return idea
+
+
+def _ideas(o: argparse.Namespace, points: Sequence[Mapping[str, Any]]) -> list[Idea]:
+    """The options as ideas, one for each point of a space."""
+    from rorqual.config import scalar
+    from rorqual.lab.idea import Idea
+
+    fixed: dict[str, Any] = {}
+    for pair in o.pairs:
+        key, sign, value = pair.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"--set {pair}: write it as KEY=VALUE, such as optim.lr=0.01")
+        fixed[key.strip()] = scalar(value.strip())
+    names = (
+        "config",
+        "command",
+        "name",
+        "who",
+        "priority",
+        "study",
+        "steps",
+        "eta",
+        "rungs",
+        "metric",
+        "goal",
+    )
+    given = {k: getattr(o, k) for k in names if getattr(o, k) is not None}
+    return [Idea(**given, data=tuple(o.data), settings={**fixed, **point}) for point in points]
 
 
 def _try(o: argparse.Namespace) -> int:
     from rorqual.lab.idea import submit
 
     store = Store(o.lab)
-    trial = submit(store, o, {})
+    trial = submit(store, _ideas(o, [{}])[0])
     print(f"trial {trial.id} ({trial.name}): rorqual lab show {trial.id}{_where(o.lab)}")
     return _go(store, o)
 
@@ -121,7 +152,7 @@ def _space(o: argparse.Namespace) -> int:
     space = Space.parse(o.vary)
     points = space.grid() if o.grid else space.draw(o.trials, o.seed)
     store = Store(o.lab)
-    made = [submit(store, o, point) for point in points]
+    made = [submit(store, idea) for idea in _ideas(o, points)]
     print(f"trials {made[0].id} to {made[-1].id}: rorqual lab top{_where(o.lab)}")
     return _go(store, o)
 
@@ -168,7 +199,8 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def load_settings(store: Store) -> Any:
+def load_settings(store: Store) -> Settings:
+    """Of a lab, with the defaults of those that were not set."""
     from rorqual.config import from_dict
     from rorqual.lab.settings import Settings
 
@@ -229,9 +261,11 @@ def _report(o: argparse.Namespace) -> int:
 
 
 def _withdraw(o: argparse.Namespace) -> int:
+    from rorqual.lab.idea import me
+
     store = Store.open(o.lab)
     for number in o.trial:
-        store.withdraw(number, o.who or who())
+        store.withdraw(number, o.who or me())
     return 0
 
 
@@ -254,14 +288,6 @@ def _priority(o: argparse.Namespace) -> int:
 def _share(o: argparse.Namespace) -> int:
     Store.open(o.lab).share(o.who, o.weight)
     return 0
-
-
-def who() -> str:
-    """The person at the keyboard."""
-    try:
-        return os.environ.get("RORQUAL_LAB_USER") or getpass.getuser()
-    except (KeyError, OSError):
-        return "somebody"
 
 
 def _where(folder: Path) -> str:

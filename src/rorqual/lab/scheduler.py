@@ -23,6 +23,7 @@ from rorqual.lab.settings import Settings
 from rorqual.lab.store import Attempt, Ended, Store, Study, Trial
 
 POLL = 0.05  # seconds between looks: an urgent trial waits no longer for its slot
+BACKLOG = 3  # promoted trials that wait, from which on they go before new ideas
 LOOK = 1.0  # seconds between readings of progress and memory
 VANISHED = 4  # times the cap for attempts that end without a word: they may have been killed from outside
 LOCK, LOG = "scheduler.lock", "scheduler.log"
@@ -196,7 +197,7 @@ class Scheduler:
             return bool(running) or self._resting(waiting)
         shares = self._shares(busy)
         backlog = sum(w.target > 0 and not w.bonus for w in wishes)
-        first = backlog >= 3
+        first = backlog >= BACKLOG
         leaving = sum(b.leaving for b in busy)
         while wishes:
             wish = order(wishes, busy, shares, first)[0]
@@ -216,7 +217,8 @@ class Scheduler:
             if leaving > 0:
                 leaving -= 1  # this one gets the slot that is being left
                 continue
-            found = make_room(wish, busy, shares, first, self.settings.quantum)
+            # A promoted trial that left would wait with the others: it must not then be first again.
+            found = make_room(wish, busy, shares, backlog + 1 >= BACKLOG, self.settings.quantum)
             if found is None:
                 break
             victim, why = found
