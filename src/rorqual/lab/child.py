@@ -165,9 +165,13 @@ def words(job: Job) -> list[str]:
 def end_with_parent(number: signal.Signals) -> Callable[[], None]:
     """For preexec_fn: the child gets the signal when the one who started it is gone (Linux)."""
 
+    parent = os.getpid()
+
     def ask() -> None:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+            if os.getppid() != parent:  # it was gone before
+                os._exit(1)
 
     return ask
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from rorqual.errors import RunError
@@ -58,8 +59,13 @@ class Local:
         """The process, and all that carries the attempt's token."""
         if handle and self.alive(handle):
             send(pid_of(handle), signal.SIGKILL)
-        for pid in with_token(token):
-            send(pid, signal.SIGKILL)
+        for _ in range(10):  # one that is just being started shows no environment yet
+            found = with_token(token)
+            for pid in found:
+                send(pid, signal.SIGKILL)
+            if not found:
+                break
+            time.sleep(0.01)
         if handle in self._children:
             self._children[handle].wait()
 
