@@ -13,6 +13,7 @@ ALLOWED = {
     "kernels": set(),
     "text": set(),
     "verify": set(),
+    "plan": {"model"},
     "model": {"kernels"},
     "data": {"text"},
     "checkpoint": {"model", "text"},

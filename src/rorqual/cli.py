@@ -55,6 +55,9 @@ COMMANDS: dict[str, Command] = {
         "scaling",
         "loss against compute over a ladder of runs, and what it predicts",
     ),
+    "plan": Command(
+        "rorqual.plan.command", "plan", "time, memory, traffic and price of training on many devices"
+    ),
     "rl": Command("rorqual.rl.command", "rl", "make a model better at problems that a program can check"),
     "lab": Command(
         "rorqual.lab.command", "lab", "start an idea at once at the smallest rung; the good ones get more"
