@@ -128,7 +128,8 @@ def orders_rows(ray: str | None) -> list[Row]:
     ]
     if peers:
         rows += [
-            faster("lab, the true best ran to the end, beside the peer's rule", found(ours), found(peers), "Ray Tune ASHA"),
+            faster("lab, the true best ran to the end, beside the peer's rule", found(ours), found(peers),
+                   "Ray Tune ASHA"),
             smaller("lab, share of the full cost, dearest order, beside the peer's rule", cost(ours), cost(peers),
                     "Ray Tune ASHA"),
             smaller("lab, share of the full cost, worst first", ours[0][0] / full, peers[0][0] / full, "Ray Tune ASHA"),
@@ -151,8 +152,8 @@ def status_row(folder: Path) -> Row:
         for i in range(10_000):
             reached = 3 if i % 9 == 0 else 1
             db.execute(
-                "INSERT INTO trials (study, who, name, kind, spec, settings, priority, state, reached, place, step, value, "
-                "seconds, made) VALUES (?, ?, ?, 'train', '{}', ?, 0, ?, ?, ?, 27, ?, 60, 0)",
+                "INSERT INTO trials (study, who, name, kind, spec, settings, priority, state, reached, place, step, "
+                "value, seconds, made) VALUES (?, ?, ?, 'train', '{}', ?, 0, ?, ?, ?, 27, ?, 60, 0)",
                 (study.id, f"p{i % 7}", f"lr={i}", json.dumps({"optim.lr": i}), "done" if reached == 3 else "paused",
                  reached, reached - 1, 2 + i / 1e4),
             )  # fmt: skip

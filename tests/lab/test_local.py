@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,8 @@ def test_a_command_keeps_the_contract(lab: Store) -> None:
     code = (
         "import sys\nfrom rorqual.lab.contract import Trial\ntrial = Trial.current()\n"
         "step = (trial.saved or (0, None))[0]\n"
-        "while not trial.should_stop():\n    step += 1\n    trial.done(step, loss=float(sys.argv[1]))\n    trial.save(step)\n"
+        "while not trial.should_stop():\n    step += 1\n"
+        "    trial.done(step, loss=float(sys.argv[1]))\n    trial.save(step)\n"
         "sys.exit(trial.exit_code)\n"
     )
     Path("own.py").write_text(code, encoding="utf-8")

@@ -1,0 +1,76 @@
+"""A promoted run of `rorqual train` equals one that was never interrupted, to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rorqual.config import from_dict, to_dict
+from rorqual.data.bpe import train_bpe, write_tokenizer
+from rorqual.data.shards import ShardWriter, describe
+from rorqual.lab import child
+from rorqual.lab.job import Job, seen
+from rorqual.text.tokenizer import Tokenizer
+from rorqual.train import checkpoint
+from rorqual.train.config import TrainConfig
+from rorqual.train.run import train
+
+TEXTS = [
+    f"def add_{i}(a, b):\n    return a + b + {i}\n\n\nclass Box{i}:\n    size = {i * 7}\n" for i in range(60)
+]
+
+
+class Silent:
+    def update(self, line: Any) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+def built(folder: Path) -> Path:
+    """56 documents to train on, 4 held out."""
+    folder.mkdir()
+    write_tokenizer(folder, train_bpe(TEXTS, 300))
+    tokenizer = Tokenizer.load(folder)
+    splits: dict[str, Any] = {}
+    for split, texts in (("train", TEXTS[:56]), ("heldout", TEXTS[56:])):
+        writer = ShardWriter(folder / split, tokenizer.vocab_size)
+        for text in texts:
+            ids = [tokenizer.bos_id, *tokenizer.encode(text, add_bos=False), tokenizer.eos_ids[0]]
+            writer.add(ids, len(text.encode()))
+        splits[split] = describe(writer.close())
+    meta = {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": "uint16",
+        "splits": splits,
+        "config": {"sources": ["python"]},
+    }
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return folder
+
+
+def test_three_rungs_equal_one_run_bit_for_bit(tmp_path: Path) -> None:
+    tree = {
+        "data": [str(built(tmp_path / "set"))], "steps": 9, "batch_size": 1, "seq_len": 16, "device": "cpu",
+        "dtype": "float32", "eval_every": 1, "eval_rows": 2, "sample_every": 0,
+        "shape": {"depth": 1, "width": 32, "heads": 2, "experts": 0},
+    }  # fmt: skip
+    config = from_dict(TrainConfig, tree)
+    wish = type("Wish", (), {"asked": False})()
+    folder = tmp_path / "trial"
+    for number, budget in enumerate((1, 3, 9)):
+        job = Job(
+            "t", number, str(folder), budget, (1, 3, 9), "heldout_bpb", "train", {"config": to_dict(config)}, {},
+            "idea", 1, 4000,
+        )  # fmt: skip
+        job.write()
+        assert child.run(Job.read(folder, number), wish) == 0
+        step, value = seen(folder, "heldout_bpb", budget)
+        assert step == budget
+        assert value is not None
+    whole = dataclasses.replace(config, out=tmp_path / "whole")
+    train(whole, show=Silent())
+    for name in ("model.safetensors", checkpoint.TENSORS):
+        one, two = (checkpoint.folder_of(out, 9) / name for out in (whole.out, folder / "run"))
+        assert one.read_bytes() == two.read_bytes(), name
