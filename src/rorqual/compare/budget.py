@@ -23,7 +23,7 @@ class Budget:
     vocab_size: int = 2048
     pool_mb: float = 40.0  # of text that the pool is built from
     fractions: tuple[float, ...] = (1.5, 2, 2.5, 3, 4, 6, 8, 9, 10, 12)
-    rates: tuple[float, ...] = (0.002, 0.004, 0.008)  # of the baseline's matrices
+    rates: tuple[float, ...] = (0.001, 0.002, 0.004)  # of the baseline's matrices
     more_rates: int = 2  # further ones where the best lies at an end
     seeds: int = 3
     control_seeds: int = 3
@@ -66,7 +66,7 @@ class Budget:
 
 PRESETS = {
     "quick": Budget(
-        "quick", steps=240, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), control_seeds=1, eval_rows=256,
+        "quick", steps=240, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), rates=(0.00025, 0.0005, 0.001), control_seeds=1, eval_rows=256,
     ),
     "standard": Budget(),
 }  # fmt: skip

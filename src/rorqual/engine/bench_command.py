@@ -105,7 +105,7 @@ def active_bytes(engine: Engine) -> int:
     total = 0
     tensors = [*engine.model.named_parameters(), *engine.model.named_buffers()]
     for name, t in tensors:
-        if name == "embed_tokens.weight" and not config.tie_word_embeddings:
+        if name.startswith("embed_tokens.") and not config.tie_word_embeddings:
             continue
         size = t.numel() * t.element_size()
         routed = ".experts." in name and "shared" not in name

@@ -30,6 +30,11 @@ from rorqual.text.tokenizer import Tokenizer
 CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
+def _finite(logits: Tensor) -> bool:
+    """Whether all are, by one pass over them: a sum takes up any infinity or NaN."""
+    return bool(logits.sum().isfinite())
+
+
 class Engine:
     """Continuous batching over a paged cache with prefix reuse; see `EngineCore` for the contract."""
 
@@ -186,7 +191,7 @@ class Engine:
         """The next tokens of all; where nothing is guessed, rows that ask for plain sampling are drawn together."""
         counts = [w.guesses + 1 for w in works]  # before any draw adds to a sequence
         drawn: list[tuple[int, TokenLogprob | None] | None] = [None] * len(works)
-        if len(logits) == len(works) and bool(logits.isfinite().all()):
+        if len(logits) == len(works) and _finite(logits):
             sequences = [w.sequence for w in works]
             drawn = sample_rows(
                 logits,
@@ -281,7 +286,7 @@ class Engine:
     ) -> Delta:
         """Draw one token, unless it is drawn already, and say what is new."""
         params = sequence.request.params
-        if drawn is None and not logits.isfinite().all():
+        if drawn is None and not _finite(logits):
             return self._finish(
                 sequence, "error", error="the model gave non-finite logits: its weights or dtype overflow"
             )
