@@ -66,7 +66,8 @@ class Budget:
 
 PRESETS = {
     "quick": Budget(
-        "quick", steps=240, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), rates=(0.00025, 0.0005, 0.001), control_seeds=1, eval_rows=256,
+        "quick", steps=240, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), rates=(0.00025, 0.0005, 0.001),
+        control_seeds=1, eval_rows=256,
     ),
     "standard": Budget(),
 }  # fmt: skip
