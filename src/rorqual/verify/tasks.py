@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """The common part of our tasks: a subclass says how one problem is drawn and how a completion is judged.
 
     Subclasses are frozen dataclasses whose fields are the task's options.
@@ -71,16 +72,16 @@ class Family:
     def levels(self) -> int:
         return 1
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027: most need nothing
         """Start what grading needs; call it before a run. Raises where there is no such thing to be had."""
 
+    @abstractmethod
     def draw(self, rng: random.Random, level: int) -> Problem:
         """One problem of a level; all that is random comes from `rng`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, problem: Problem, completion: str) -> Outcome:
         """The verdict; an exception here counts as a failure of the grader."""
-        raise NotImplementedError
 
     def make(self, seed: int, index: int, difficulty: int | None = None, split: Split = "train") -> Problem:
         """Problem `index` of the stream `seed`. Raises ConfigError for a level or split that is not there."""
