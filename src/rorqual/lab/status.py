@@ -150,13 +150,12 @@ def _line(t: Trial) -> tuple[Any, ...]:
 
 
 def _study_tree(store: Store, s: Study) -> dict[str, Any]:
-    rows = store.db.execute(
-        "SELECT r.rung, COUNT(*) FROM results r JOIN trials t ON t.id=r.trial WHERE t.study=? GROUP BY r.rung",
-        (s.id,),
-    )
+    rows = store.db.execute("SELECT reached, COUNT(*) FROM trials WHERE study=? GROUP BY reached", (s.id,))
+    counts = dict(map(tuple, rows))
+    reached = [sum(n for r, n in counts.items() if r > rung) for rung in range(s.ladder.top + 1)]
     return {
         "study": s.id, "name": s.name, "metric": s.metric, "goal": s.ladder.goal, "eta": s.ladder.eta,
-        "budgets": list(s.ladder.budgets), "reached": [n for _, n in sorted(map(tuple, rows))],
+        "budgets": list(s.ladder.budgets), "reached": reached,
         "best": [brief(store, t) for t in leaders(store, s)],
     }  # fmt: skip
 
