@@ -6,17 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rorqual.errors import ConfigError
-from rorqual.model.config import ModelConfig
+from rorqual.model.config import EXTENSION_KEYS, ModelConfig
 
 Family = Literal["deepseek", "llama"]
-EXTENSIONS = (
-    "logit_softcap",
-    "value_embeddings",
-    "ngram_table_size",
-    "triple_table_size",
-    "x0_residual",
-    "smear",
-)
 
 
 @dataclass(frozen=True)
@@ -132,7 +124,7 @@ class Shape:
             "num_nextn_predict_layers": self.mtp,
         }
         family = self._llama() if self.family == "llama" else self._deepseek()
-        extensions = {k: getattr(self, k) for k in EXTENSIONS}
+        extensions = {k: getattr(self, k) for k in EXTENSION_KEYS}
         mixed = self.attention == "gqa"  # no published class has these experts on this attention
         if any(extensions.values()) or mixed or (self.qk_norm and self.family == "deepseek"):
             family |= extensions | {"architecture": "RorqualForCausalLM"}

@@ -72,8 +72,8 @@ class Family(ABC):
     def levels(self) -> int:
         return 1
 
-    def prepare(self) -> None:  # noqa: B027: most need nothing
-        """Start what grading needs; call it before a run. Raises where there is no such thing to be had."""
+    def prepare(self) -> None:  # noqa: B027
+        """Start what grading needs, if anything; call it before a run. Raises where there is no such thing to be had."""
 
     @abstractmethod
     def draw(self, rng: random.Random, level: int) -> Problem:
