@@ -10,7 +10,11 @@ import torch
 
 import rorqual
 from rorqual.checkpoint import gguf, hf
+from rorqual.engine import gguf_formats
+from rorqual.engine.llm import load_any
+from rorqual.engine.quantised import QuantLinear
 from rorqual.errors import CheckpointError
+from rorqual.kernels.quantised import Format, Packed, dequantise
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 
@@ -279,3 +283,40 @@ def test_convert_writes_a_folder_with_its_tokenizer(tmp_path: Path, run) -> None
     assert torch.equal(again.logits(ids), rorqual.load(tmp_path / "m.gguf", dtype="float32").logits(ids))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert hf.load_config(tmp_path / "out") == model.config
+
+
+@pytest.mark.parametrize(("qtype", "kind"), [("Q8_0", "int8"), ("Q4_0", "int4"), ("Q4_1", "int4_min")])
+def test_the_engine_runs_a_file_in_its_own_precision(tmp_path: Path, qtype: str, kind: str) -> None:
+    """Every packed weight is the file's, value for value; told a dtype, the weights are wide."""
+    path = tmp_path / "m.gguf"
+    write(path, Transformer(dense("Qwen3ForCausalLM", qk_norm=True)).init_weights(0), "qwen3", Q[qtype])
+    wide = rorqual.load(path, dtype="float32").model
+    packed = load_any(path).model
+    found = {n: m for n, m in packed.named_modules() if isinstance(m, QuantLinear)}
+    assert {m.format for m in found.values()} == {Format(kind)}
+    assert len(found) == 4 * wide.config.num_hidden_layers + 1  # the head; feed-forwards are fused
+    for name, module in found.items():
+        torch.testing.assert_close(
+            dequantise(module.matrix), wide.get_submodule(name).weight.detach(), atol=1e-6, rtol=1e-5
+        )
+    ids = torch.arange(2, 40)
+    torch.testing.assert_close(packed.embed_tokens(ids), wide.embed_tokens(ids), atol=1e-6, rtol=1e-5)
+    mlp = packed.layers[0].mlp
+    down = dequantise(Packed(mlp.down, mlp.hidden, mlp.inner, mlp.format))
+    torch.testing.assert_close(down, wide.layers[0].mlp.down_proj.weight.detach(), atol=1e-6, rtol=1e-5)
+    assert not any(isinstance(m, QuantLinear) for m in load_any(path, "bfloat16").model.modules())
+
+
+def test_float_files_stay_wide_and_mixed_feed_forwards_take_the_wider(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    model = Transformer(dense("Qwen3ForCausalLM", qk_norm=True)).init_weights(0)
+    write(path, model, "qwen3", Q.F16)
+    assert not any(isinstance(m, QuantLinear) for m in load_any(path).model.modules())
+    write(path, model, "qwen3", Q.Q4_0)
+    file = gguf.GGUF(path)
+    for name in file.tensors:
+        if name.endswith("ffn_down.weight"):
+            file.tensors[name] = file.tensors[name]._replace(tensor_type=Q.Q6_K)
+    chosen = gguf_formats.formats(rorqual.load(path, dtype="float32").model, file)
+    assert chosen["layers.0.mlp"] == Format("int8")
+    assert chosen["layers.0.self_attn.q_proj"] == Format("int4")

@@ -204,7 +204,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None, file: GGUF | None =
     _allocate(model)
     used: set[str] = set()
     problems: list[str] = []
-    for target, names, combine in _sources(model, file):
+    for target, names, combine in sources(model, file):
         absent = [n for n in names if n not in file.tensors]
         used.update(names)
         if absent:
@@ -231,7 +231,7 @@ def load_model(path: Path, dtype: torch.dtype | None = None, file: GGUF | None =
 Combine = Callable[..., Tensor]
 
 
-def _sources(model: Transformer, file: GGUF) -> Iterator[tuple[Tensor, list[str], Combine]]:
+def sources(model: Transformer, file: GGUF) -> Iterator[tuple[Tensor, list[str], Combine]]:
     """(parameter, GGUF tensors, how they become it) for every parameter of the model."""
     c = model.config
 

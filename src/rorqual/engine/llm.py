@@ -50,12 +50,19 @@ class Completion:
 
 
 def load_any(path: str | Path, dtype: str = "auto") -> Model:
-    """What `rorqual.load` reads, and folders of `rorqual quantize`."""
+    """What `rorqual.load` reads, and folders of `rorqual quantize`; a GGUF file in its own precision, unless told a
+    dtype."""
     where = locate(path)
     if where.is_dir() and packed_folder.is_quantised(hf.read_config(where)):
         wide = torch.float32 if dtype == "auto" else resolve_dtype(dtype)
         tokenizer = Tokenizer.load(where) if (where / "tokenizer.json").is_file() else None
         return Model(packed_folder.load(where, wide), tokenizer, ChatTemplate.load(where))
+    if where.suffix == ".gguf" and dtype == "auto":
+        from rorqual.engine.gguf_formats import pack
+
+        loaded = load(path, "float32")
+        pack(loaded.model, where)
+        return loaded
     return load(path, dtype)
 
 

@@ -177,7 +177,10 @@ def _best(
     """Each group's best of several attempts."""
     best: Found | None = None
     best_error = torch.full_like(w[..., :1], float("inf"))
-    for factor in factors:
+    enough = 1e-9 * (w.square() * cost).sum(-1, keepdim=True)
+    for factor in sorted(factors, key=lambda f: abs(f - 1)):
+        if bool((best_error <= enough).all()):  # such as weights that lie on a grid of this kind already
+            break
         found = attempt(factor)
         error = ((value(*found) - w).square() * cost).sum(-1, keepdim=True)
         better = error < best_error
