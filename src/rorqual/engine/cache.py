@@ -13,10 +13,13 @@ class PagedCache:
     """Rows by slot: slot = block * block_size + place. MLA: one tensor [slots, C + R] a layer;
     grouped-query attention: two [slots, Hkv, D]. Kept at 8 bits (dtype uint8) a row is `paged.round_rows` of it."""
 
-    def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device, mtp: bool = False
+    ) -> None:
+        """`mtp`: one layer more, of the first multi-token prediction module."""
         self.slots, self.dtype = slots, dtype
         self.rank = config.kv_lora_rank or 0
-        layers = config.num_hidden_layers
+        layers = config.num_hidden_layers + mtp
         self.experts: Tensor | None = None  # [slots, MoE layers, K] int16, where they are recorded
         if config.attention == "mla":
             width = _stored((config.kv_lora_rank or 0) + config.qk_rope_head_dim, dtype)
@@ -49,13 +52,13 @@ class PagedCache:
         return (restore_rows(found, like.shape[-1]) if self.dtype == torch.uint8 else found).to(like.dtype)
 
 
-def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def token_bytes(config: ModelConfig, dtype: torch.dtype, mtp: bool = False) -> int:
     """Cache bytes of one token."""
     if config.attention == "mla":
         row = _stored((config.kv_lora_rank or 0) + config.qk_rope_head_dim, dtype)
     else:
         row = 2 * config.num_key_value_heads * _stored(config.head_dim, dtype)
-    return config.num_hidden_layers * row * dtype.itemsize
+    return (config.num_hidden_layers + mtp) * row * dtype.itemsize
 
 
 def _stored(width: int, dtype: torch.dtype) -> int:

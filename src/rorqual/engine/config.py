@@ -33,7 +33,15 @@ class EngineConfig:
     # Logits to the bit whatever the neighbours, chunks and cache: each request is computed alone, prompts in chunks that
     # begin at fixed places; slower with many requests
     batch_invariant: bool = False
-    speculate: int = 0  # tokens guessed by n-gram look-up in each step of a request; 0: none
+    speculate: int = 0  # tokens guessed in each step of a request; 0: none
+    # Who guesses: look-up of what followed the last tokens before, or the model's first multi-token prediction module,
+    # which guesses one
+    speculate_by: Literal["ngram", "mtp"] = "ngram"
+
+    @property
+    def mtp(self) -> bool:
+        """Whether the model's own module guesses."""
+        return self.speculate_by == "mtp"
 
     @property
     def chunk(self) -> int:
@@ -64,6 +72,11 @@ class EngineConfig:
             raise ConfigError(
                 f"batch_invariant=True: max_num_batched_tokens={self.max_num_batched_tokens} must hold a block of "
                 f"{self.block_size} tokens"
+            )
+        if self.speculate_by == "mtp" and self.speculate != 1:
+            raise ConfigError(
+                f"speculate={self.speculate}: a multi-token prediction module guesses one token a step; with "
+                "speculate_by='mtp' it must be 1"
             )
         for name in ("max_model_len", "cache_tokens"):
             value = getattr(self, name)

@@ -51,11 +51,16 @@ class Engine:
         dtype = torch.bfloat16 if is_packed(model) else next(model.parameters()).dtype
         if self.config.cache_dtype != "auto":
             dtype = CACHE_DTYPES[self.config.cache_dtype]
+        if self.config.mtp and not model.config.num_nextn_predict_layers:
+            raise ConfigError(
+                "speculate_by='mtp': this model has no multi-token prediction modules; use 'ngram', or train with "
+                "shape.mtp=1"
+            )
         blocks = self._count_blocks(dtype)
         size = self.config.block_size
         self.max_model_len = self._choose_length(blocks * size)
         self.pool = BlockPool(blocks)
-        self.cache = PagedCache(model.config, blocks * size, dtype, torch.device("cpu"))
+        self.cache = PagedCache(model.config, blocks * size, dtype, torch.device("cpu"), self.config.mtp)
         self.scheduler = Scheduler(self.pool, self.config, self._disk_cache())
         self.runner = Runner(model, self.cache, size, self.config.batch_invariant)
         self.weights_version = 0
@@ -69,7 +74,7 @@ class Engine:
             return None
         chunk = c.chunk if c.batch_invariant else 0  # rows depend on it in their last bits
         owner = digest(
-            self.model.state_dict().items(), self.model.config, self.cache.dtype, c.block_size, chunk
+            self.model.state_dict().items(), self.model.config, self.cache.dtype, c.block_size, chunk, c.mtp
         )
         return DiskCache(c.disk_cache, c.disk_cache_bytes, self.cache, c.block_size, owner)
 
@@ -77,7 +82,7 @@ class Engine:
         size = self.config.block_size
         if self.config.cache_tokens is not None:
             return -(-self.config.cache_tokens // size)
-        row = token_bytes(self.model.config, dtype)
+        row = token_bytes(self.model.config, dtype, self.config.mtp)
         blocks = int(self.config.cache_memory // (row * size))
         if blocks < 1:
             raise CapacityError(
@@ -185,7 +190,16 @@ class Engine:
                 self.scheduler.computed(work)
         if logits is not None:
             deltas += self._draw_all([w for w, _ in ready], logits)
+        if self.config.mtp:
+            self._guess(works, h)
         return deltas
+
+    def _guess(self, works: list[Work], h: Tensor) -> None:
+        """The module's guesses for all that go on; h [N, D] of all works."""
+        parts = h.split([w.count for w in works])
+        going = [(w, part) for w, part in zip(works, parts, strict=True) if w.sequence.id in self._sequences]
+        if going:
+            self.runner.guess([w for w, _ in going], torch.cat([part for _, part in going]))
 
     def _draw_all(self, works: list[Work], logits: Tensor) -> list[Delta]:
         """The next tokens of all; where nothing is guessed, rows that ask for plain sampling are drawn together."""

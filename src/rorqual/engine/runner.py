@@ -40,9 +40,7 @@ class Runner:
         if self.alone:
             models = [self.model if w.sequence.adapter is None else w.sequence.adapter.model for w in works]
             return torch.cat([self._run(m, [w]) for m, w in zip(models, works, strict=True)])
-        groups: dict[Adapter | None, list[int]] = defaultdict(list)
-        for i, work in enumerate(works):
-            groups[work.sequence.adapter].append(i)
+        groups = _by_weights(works)
         parts: list[Tensor] = [torch.empty(0)] * len(works)
         for adapter, members in groups.items():
             own = [works[i] for i in members]
@@ -75,6 +73,36 @@ class Runner:
             self.cache.experts[attend.new_slots] = chosen.to(torch.int16)
         return h
 
+    @torch.inference_mode()
+    def guess(self, works: Sequence[Work], h: Tensor) -> None:
+        """Let the first multi-token prediction module guess the token after the newest of each sequence, from the hidden
+        states [N, D] that `run` gave; its cache is filled along the way. A block that others share was filled by whoever
+        came first, whose next token may be another: a wrong guess costs a little time, never a token.
+        """
+        starts = dict(
+            zip(map(id, works), [0, *torch.tensor([w.count for w in works]).cumsum(0).tolist()], strict=False)
+        )
+        for adapter, members in _by_weights(works).items():
+            model = self.model if adapter is None else adapter.model
+            ids: list[int] = []
+            positions: list[int] = []
+            spans: list[Span] = []
+            rows: list[int] = []
+            for work in (works[i] for i in members):
+                s, first = work.sequence, starts[id(work)]
+                count = s.computed - work.start  # guesses that were wrong are not in it
+                spans.append(Span(len(ids), work.start, count, self._slots(s.blocks, s.computed)))
+                ids += s.tokens[work.start + 1 : s.computed + 1]
+                positions += range(work.start, s.computed)
+                rows += range(first, first + count)
+            attend = Paged(self.cache, spans, ())
+            further = model.predict_further(0, h[rows], torch.tensor(ids), torch.tensor(positions), attend)
+            last = [span.row + span.count - 1 for span in spans]
+            best = model.logits(further[last]).argmax(-1).tolist()
+            for i, token in zip(members, best, strict=True):
+                s = works[i].sequence
+                s.guess = [token] if s.computed + 1 == len(s.tokens) else []  # a prompt's middle needs none
+
     def experts(self, blocks: Sequence[int], length: int) -> Tensor:
         """What was recorded of a sequence's first `length` tokens [length, MoE layers, K]."""
         assert self.cache.experts is not None
@@ -92,3 +120,11 @@ class Runner:
         used = -(-length // self.block_size)
         table = torch.tensor(blocks[:used])
         return (table[:, None] * self.block_size + self._places).flatten()[:length]
+
+
+def _by_weights(works: Sequence[Work]) -> dict[Adapter | None, list[int]]:
+    """Which of the works share an adapter, or the model's own weights."""
+    groups: dict[Adapter | None, list[int]] = defaultdict(list)
+    for i, work in enumerate(works):
+        groups[work.sequence.adapter].append(i)
+    return groups

@@ -119,7 +119,10 @@ class Scheduler:
         """Set a decoding sequence's guesses and return their number."""
         room = sequence.max_tokens - sequence.generated - 1
         most = min(self.config.speculate, budget, room)
-        sequence.draft = propose(sequence.tokens, most) if most > 0 else []
+        if self.config.mtp:
+            sequence.draft = sequence.guess[: max(most, 0)]
+        else:
+            sequence.draft = propose(sequence.tokens, most) if most > 0 else []
         return len(sequence.draft)
 
     def computed(self, work: Work, wrong: int = 0) -> None:
@@ -178,6 +181,7 @@ class Scheduler:
         for block in reversed(sequence.blocks):
             self.pool.release(block)
         sequence.blocks, sequence.computed, sequence.published = [], 0, 0
+        sequence.guess = []
 
     def _find_prefix(self, sequence: Sequence) -> None:
         """Take over blocks that an earlier request computed; the last token is always computed anew."""

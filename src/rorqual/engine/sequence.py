@@ -32,6 +32,7 @@ class Sequence:
     cached_tokens: int | None = None  # set when it is first admitted
     started: bool = False  # whether a delta was sent
     preemptions: int = 0
+    guess: list[int] = field(default_factory=list)  # of the model's own module, for the next step
     draft: list[int] = field(default_factory=list)  # guesses to be checked in this step
     prompt_logprobs: list[TokenLogprob | None] | None = None
     arrived_at: float = field(default_factory=time.monotonic)
