@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,12 +28,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Span:
-    """`count` new tokens of one sequence at row `row` of the batch, after `start` cached ones; `slots` of all."""
+    """`count` new tokens of one sequence at row `row` of the batch, after `start` cached ones, and the blocks of all."""
 
     row: int
     start: int
     count: int
-    slots: Tensor  # [start + count]
+    blocks: Tensor  # [ceil((start + count) / block_size)]
+    block_size: int
+
+    @property
+    def total(self) -> int:
+        return self.start + self.count
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Cache rows of all its tokens [start + count]."""
+        return slots(self.blocks, 0, self.total, self.block_size)
+
+    @property
+    def new_slots(self) -> Tensor:
+        """Cache rows of the new ones [count]."""
+        return slots(self.blocks, self.start, self.total, self.block_size)
+
+
+def slots(blocks: Tensor, start: int, end: int, block_size: int) -> Tensor:
+    """Cache rows of the tokens from `start` to `end` of a sequence."""
+    at = torch.arange(start, end)
+    return blocks[at // block_size] * block_size + at % block_size
 
 
 class Paged:
@@ -41,22 +63,23 @@ class Paged:
     def __init__(self, cache: PagedCache, spans: Sequence[Span], previous: tuple[Tensor, ...]) -> None:
         self.cache = cache
         self._previous = previous
-        self.new_slots = torch.cat([s.slots[s.start :] for s in spans])
+        self.new_slots = torch.cat([s.new_slots for s in spans])
         self._chunks = [s for s in spans if s.count > 1 or s.start == 0]
         decodes = [s for s in spans if s.count == 1 and s.start > 0]
         self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long)
         self._native: PagedRows | None = None
         self._fast = native() is not None and (cache.latent or cache.keys)[0].device.type == "cpu"
         if decodes and self._fast:
-            lengths = torch.tensor([len(s.slots) for s in decodes], dtype=torch.int32)
-            table = torch.nn.utils.rnn.pad_sequence([s.slots for s in decodes], batch_first=True)
-            self._native = PagedRows(table.int(), torch.arange(len(decodes), dtype=torch.int32), lengths, 1)
+            lengths = torch.tensor([s.total for s in decodes], dtype=torch.int32)
+            table = torch.nn.utils.rnn.pad_sequence([s.blocks for s in decodes], batch_first=True).int()
+            requests = torch.arange(len(decodes), dtype=torch.int32)
+            self._native = PagedRows(table, requests, lengths, decodes[0].block_size)
         elif decodes:
-            longest = max(len(s.slots) for s in decodes)
+            longest = max(s.total for s in decodes)
             self._gather = torch.zeros(len(decodes), longest, dtype=torch.long)
-            lengths = torch.tensor([len(s.slots) for s in decodes])
+            lengths = torch.tensor([s.total for s in decodes])
             for i, s in enumerate(decodes):
-                self._gather[i, : len(s.slots)] = s.slots
+                self._gather[i, : s.total] = s.slots
             self._mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
             self._even = bool((lengths == longest).all())
 
@@ -110,7 +133,7 @@ class Paged:
 
     def _chunk_latent(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor, span: Span, attn: MLA) -> Tensor:
         c_kv, k_rope = rows.split([attn.kv_lora_rank, attn.qk_rope_head_dim], -1)
-        if absorbed_is_cheaper(span.count, len(span.slots), attn):
+        if absorbed_is_cheaper(span.count, span.total, attn):
             q = torch.cat((attn.absorb_query(q_nope), q_rope), -1)  # [T, H, C + R]
             if self._fast:
                 seen = _tail_rows(span)
@@ -141,7 +164,7 @@ def absorbed_is_cheaper(new: int, total: int, attn: MLA) -> bool:
 
 def _tail_rows(span: Span) -> PagedRows:
     """The new tokens of one sequence over its gathered rows, each seeing up to itself."""
-    total = span.start + span.count
+    total = span.total
     lengths = torch.arange(span.start + 1, total + 1, dtype=torch.int32)
     request = torch.zeros(span.count, dtype=torch.int32)
     return PagedRows(torch.arange(total, dtype=torch.int32)[None], request, lengths, 1)

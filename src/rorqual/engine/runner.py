@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rorqual.engine.adapters import Adapter
 from rorqual.engine.cache import PagedCache
-from rorqual.engine.paged import Paged, Span
+from rorqual.engine.paged import Paged, Span, slots
 from rorqual.engine.scheduler import Work
 from rorqual.model.moe import Routing
 from rorqual.model.transformer import Transformer
@@ -24,7 +24,6 @@ class Runner:
         self.alone = (
             alone  # each piece of work and each row of logits by itself: neighbours cannot change a bit
         )
-        self._places = torch.arange(block_size)
         self.moe_layers = sorted(
             layer for layer, _ in model.routers() if layer < model.config.num_hidden_layers
         )
@@ -60,7 +59,7 @@ class Runner:
         spans: list[Span] = []
         for work in works:
             tokens, end = work.sequence.tokens + work.sequence.draft, work.start + work.count
-            spans.append(Span(len(ids), work.start, work.count, self._slots(work.sequence.blocks, end)))
+            spans.append(self._span(len(ids), work.start, work.count, work.sequence.blocks))
             ids += tokens[work.start : end]
             for found, n in zip(before, back, strict=True):
                 found += [tokens[max(at - n, 0)] for at in range(work.start, end)]
@@ -91,7 +90,7 @@ class Runner:
             for work in (works[i] for i in members):
                 s, first = work.sequence, starts[id(work)]
                 count = s.computed - work.start  # guesses that were wrong are not in it
-                spans.append(Span(len(ids), work.start, count, self._slots(s.blocks, s.computed)))
+                spans.append(self._span(len(ids), work.start, count, s.blocks))
                 ids += s.tokens[work.start + 1 : s.computed + 1]
                 positions += range(work.start, s.computed)
                 rows += range(first, first + count)
@@ -106,7 +105,7 @@ class Runner:
     def experts(self, blocks: Sequence[int], length: int) -> Tensor:
         """What was recorded of a sequence's first `length` tokens [length, MoE layers, K]."""
         assert self.cache.experts is not None
-        return self.cache.experts[self._slots(blocks, length)]
+        return self.cache.experts[slots(torch.tensor(blocks), 0, length, self.block_size)]
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
@@ -115,11 +114,9 @@ class Runner:
             return torch.cat([self.model.logits(row[None]) for row in h]).float()
         return self.model.logits(h).float()
 
-    def _slots(self, blocks: Sequence[int], length: int) -> Tensor:
-        """Cache rows of a sequence's first `length` tokens."""
-        used = -(-length // self.block_size)
-        table = torch.tensor(blocks[:used])
-        return (table[:, None] * self.block_size + self._places).flatten()[:length]
+    def _span(self, row: int, start: int, count: int, blocks: Sequence[int]) -> Span:
+        used = -(-(start + count) // self.block_size)
+        return Span(row, start, count, torch.tensor(blocks[:used]), self.block_size)
 
 
 def _by_weights(works: Sequence[Work]) -> dict[Adapter | None, list[int]]:
