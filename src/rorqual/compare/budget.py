@@ -22,7 +22,7 @@ class Budget:
     steps: int = 1600
     vocab_size: int = 2048
     pool_mb: float = 40.0  # of text that the pool is built from
-    fractions: tuple[float, ...] = (1.5, 2, 2.5, 3, 4, 6, 8, 9, 10, 12)
+    fractions: tuple[float, ...] = (1.5, 2, 2.5, 3, 4, 5, 5.5, 6, 8, 10)
     rates: tuple[float, ...] = (0.001, 0.002, 0.004)  # of the baseline's matrices
     more_rates: int = 2  # further ones where the best lies at an end
     seeds: int = 3
