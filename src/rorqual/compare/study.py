@@ -50,11 +50,7 @@ class Point:
 
     @property
     def seconds(self) -> float:
-        return mean(r.wall_seconds for r in self.results)
-
-    @property
-    def processor_seconds(self) -> float:
-        """Of one core: what the seconds would be on a machine that does nothing else."""
+        """Of the processor: a run has one thread, so they are the clock's on a machine that does nothing else."""
         return mean(r.cpu_seconds for r in self.results)
 
     @property
@@ -76,7 +72,7 @@ class Match:
 
     @property
     def factors(self) -> dict[str, float]:
-        """How many times less the recipe needs: tokens, FLOPs, seconds on the clock and of the processor, memory."""
+        """How many times less the recipe needs: tokens, FLOPs, processor seconds, memory."""
         if self.passing is None:
             return {}
         b, p = self.baseline, self.passing
@@ -84,7 +80,6 @@ class Match:
             "tokens": b.results[0].tokens / p.results[0].tokens,
             "FLOPs": b.flops / p.flops,
             "seconds": b.seconds / p.seconds,
-            "processor seconds": b.processor_seconds / p.processor_seconds,
             "memory": b.bytes / p.bytes,
         }
 
