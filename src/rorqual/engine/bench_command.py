@@ -77,7 +77,9 @@ def measure(engine: Engine, options: BenchOptions, bandwidth: float, peak: float
     bill = cost(engine.model.config)
     weights = active_bytes(engine)
     figures = []
-    first_token(engine, min(256, engine.max_model_len - 2))  # weights that are mapped from a file come into memory
+    first_token(
+        engine, min(256, engine.max_model_len - 2)
+    )  # weights that are mapped from a file come into memory
     for context in (c for c in options.contexts if c + options.tokens < engine.max_model_len):
         speed = decode(engine, 1, context, options.tokens)
         read = weights + context * token_bytes(engine.model.config, engine.cache.dtype)
