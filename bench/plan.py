@@ -6,17 +6,12 @@ import sys
 
 from record import Row, read_record, write_record
 
-from rorqual.model.config import ModelConfig
 from rorqual.model.published import published
 from rorqual.plan.device import device
 from rorqual.plan.estimate import fit
 
-DENSE_67B = ModelConfig(
-    architecture="LlamaForCausalLM", vocab_size=102400, hidden_size=8192, intermediate_size=22016,
-    num_hidden_layers=95, num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
-)  # fmt: skip
 PUBLISHED = (
-    ("DeepSeek 67B, 1e12 tokens (calibrated on)", DENSE_67B, 1e12, False, 300.6e3),
+    ("DeepSeek 67B, 1e12 tokens (calibrated on)", published("deepseek-67b"), 1e12, False, 300.6e3),
     ("DeepSeek-V2, 1e12 tokens (calibrated on)", published("deepseek-v2"), 1e12, False, 172.8e3),
     ("DeepSeek-V3, 14.8e12 tokens", published("deepseek-v3"), 14.8e12, True, 2.664e6),
 )

@@ -13,8 +13,8 @@ from rorqual.checkpoint import gguf, hf
 from rorqual.engine import gguf_formats
 from rorqual.engine.llm import load_any
 from rorqual.engine.quantised import QuantLinear
-from rorqual.errors import CheckpointError
-from rorqual.kernels.quantised import Format, Packed, dequantise
+from rorqual.errors import CapacityError, CheckpointError
+from rorqual.kernels.quantised import Format, Packed, dequantise, quantise
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 
@@ -320,3 +320,32 @@ def test_float_files_stay_wide_and_mixed_feed_forwards_take_the_wider(tmp_path: 
     chosen = gguf_formats.formats(rorqual.load(path, dtype="float32").model, file)
     assert chosen["layers.0.mlp"] == Format("int8")
     assert chosen["layers.0.self_attn.q_proj"] == Format("int4")
+
+
+def test_q4_k_becomes_int4_min_within_two_percent() -> None:
+    """Its blocks of 32 have a scale and a minimum as ours do, but the search does not know them."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (16, 2, 144), dtype=np.uint8)
+    raw[..., 0:4] = np.frombuffer(np.array([0.01, 0.01], dtype=np.float16).tobytes(), np.uint8)
+    wide = torch.from_numpy(package.quants.dequantize(raw.reshape(16, -1), Q.Q4_K)).view(16, 512)
+    again = dequantise(quantise(wide, Format("int4_min")))
+    assert (again - wide).norm() / wide.norm() < 2e-2
+
+
+def test_a_file_too_large_to_pack_runs_wide_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "m.gguf"
+    write(path, Transformer(dense("Qwen3ForCausalLM", qk_norm=True)).init_weights(0), "qwen3", Q.Q8_0)
+
+    with monkeypatch.context() as m:
+        small_limit = path.stat().st_size * 3  # between its two bytes a weight and its four
+
+        def check(needed: int, *_: str) -> None:
+            if needed > small_limit:
+                raise CapacityError("too large")
+
+        m.setattr(gguf, "require_memory", check)
+        model = load_any(path).model
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert "runs in bfloat16" in caplog.text

@@ -129,3 +129,28 @@ def test_what_cannot_be_is_refused_before_work(model: Transformer, tmp_path: Pat
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="cannot be used"):
         engine(model, tmp_path / "file")
+
+
+def test_what_a_killed_process_left_half_written_goes(model: Transformer, tmp_path: Path) -> None:
+    old, new = tmp_path / "a.block.1.tmp", tmp_path / "b.block.2.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    engine(model, tmp_path)
+    assert not old.exists()
+    assert new.exists()  # perhaps another process is at it
+
+
+def test_a_damaged_block_that_cannot_be_removed_is_a_miss(
+    model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = ask(engine(model, tmp_path))[0]
+    for path in files(tmp_path):
+        path.write_bytes(b"")
+    e = engine(model, tmp_path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert ask(e)[::2] == (tokens, 0)

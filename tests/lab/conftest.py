@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from rorqual.lab.job import Job, Outcome
+from rorqual.lab.records import Study
 from rorqual.lab.rungs import Ladder
 from rorqual.lab.scheduler import Scheduler
 from rorqual.lab.settings import Settings
-from rorqual.lab.store import PRIORITIES, Store, Study
+from rorqual.lab.store import PRIORITIES, Store
 
 Curve = Callable[[dict[str, Any], int], float]
 

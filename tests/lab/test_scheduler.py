@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from rorqual.lab.records import Trial
 from rorqual.lab.scheduler import Scheduler
-from rorqual.lab.store import Store, Trial
+from rorqual.lab.store import Store
 
 Make = Callable[..., Any]
 
@@ -373,7 +374,7 @@ def test_an_outcome_is_booked_once(make_lab: Make) -> None:
     lab.look()
     (attempt,) = lab.store.running()
     lab.backend.advance(1.0)
-    from rorqual.lab.store import Ended
+    from rorqual.lab.records import Ended
 
     assert lab.store.end(attempt, Ended(0, 1, 0.5, 1.0), 3, 100.0) == "paused"
     assert lab.store.end(attempt, Ended(0, 1, 0.1, 1.0), 3, 100.0) == ""

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from rorqual.config import from_dict, to_dict
-from rorqual.data.bpe import train_bpe, write_tokenizer
-from rorqual.data.shards import ShardWriter, describe
 from rorqual.lab import child
 from rorqual.lab.job import Job, seen
-from rorqual.text.tokenizer import Tokenizer
 from rorqual.train import checkpoint
 from rorqual.train.config import TrainConfig
 from rorqual.train.run import train
-
-TEXTS = [
-    f"def add_{i}(a, b):\n    return a + b + {i}\n\n\nclass Box{i}:\n    size = {i * 7}\n" for i in range(60)
-]
 
 
 class Silent:
@@ -28,31 +20,9 @@ class Silent:
     def close(self) -> None: ...
 
 
-def built(folder: Path) -> Path:
-    """56 documents to train on, 4 held out."""
-    folder.mkdir()
-    write_tokenizer(folder, train_bpe(TEXTS, 300))
-    tokenizer = Tokenizer.load(folder)
-    splits: dict[str, Any] = {}
-    for split, texts in (("train", TEXTS[:56]), ("heldout", TEXTS[56:])):
-        writer = ShardWriter(folder / split, tokenizer.vocab_size)
-        for text in texts:
-            ids = [tokenizer.bos_id, *tokenizer.encode(text, add_bos=False), tokenizer.eos_ids[0]]
-            writer.add(ids, len(text.encode()))
-        splits[split] = describe(writer.close())
-    meta = {
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": "uint16",
-        "splits": splits,
-        "config": {"sources": ["python"]},
-    }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    return folder
-
-
-def test_three_rungs_equal_one_run_bit_for_bit(tmp_path: Path) -> None:
+def test_three_rungs_equal_one_run_bit_for_bit(token_set: Path, tmp_path: Path) -> None:
     tree = {
-        "data": [str(built(tmp_path / "set"))], "steps": 9, "batch_size": 1, "seq_len": 16, "device": "cpu",
+        "data": [str(token_set)], "steps": 9, "batch_size": 1, "seq_len": 16, "device": "cpu",
         "dtype": "float32", "eval_every": 1, "eval_rows": 2, "sample_every": 0,
         "shape": {"depth": 1, "width": 32, "heads": 2, "experts": 0},
     }  # fmt: skip

@@ -202,7 +202,7 @@ class ScalingOptions:
     ratio: float = 1.41  # of one rung's width to the one below
     steps: int = 400  # of the smallest rung; more with the square of the width
     fraction: float = 4.0  # the recipe runs 1/fraction of the baseline's steps
-    lr: float = 0.016  # of the baseline's matrices; `rorqual compare` sweeps it
+    lr: float = 0.004  # of the baseline's matrices: the best of `rorqual compare --budget standard`
     seeds: int = 2
     workers: int = 0
 

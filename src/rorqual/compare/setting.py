@@ -17,7 +17,7 @@ BASELINE: Overrides = {
     "shape.family": "llama",
     "shape.zero_output": False,
     "optim.name": "adamw",
-    "optim.lr": 0.016,
+    "optim.lr": 0.004,
     "optim.embedding_lr": 0.04,
     "optim.head_lr": 0.008,
     "schedule.name": "cosine",
@@ -109,6 +109,5 @@ RECIPE = Setting(
     "recipe",
     ("muon", "wsd", "zero-output", "qk-norm", "softcap", "pairs", "triples", "values", "x0", "smear"),
 )
-EXPERTS = RECIPE.plus("recipe with experts", ("experts",))  # they pay from about 10 tokens a weight on
 EQUAL_PARAMETERS = BASE.plus("baseline with the tables", TABLES)
 EQUAL_OPTIMIZER = BASE.plus("baseline under Muon", ("muon",))

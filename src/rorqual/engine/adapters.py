@@ -27,7 +27,8 @@ class Adapter:
         if is_packed(base):
             raise ConfigError(
                 f"adapter {folder}: this model is quantised, and adapters are added to wide weights; serve the model "
-                "as it was before `rorqual quantize`, or merge the adapter and quantise that"
+                "as it was before `rorqual quantize` (a GGUF file with --dtype bfloat16), or merge the adapter and "
+                "quantise that"
             )
         shared = {id(t): t for t in chain(base.parameters(), base.buffers())}
         self.model: Transformer = copy.deepcopy(base, shared)

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,8 +52,9 @@ class DiskCache:
             found = sorted(
                 (f for f in folder.iterdir() if f.suffix == ".block"), key=lambda f: f.stat().st_mtime
             )
-            for left in folder.glob(f"*.{os.getpid()}.tmp"):
-                left.unlink()
+            for left in folder.glob("*.tmp"):  # of a process that was killed; another's write takes no minute
+                if time.time() - left.stat().st_mtime > 60:
+                    left.unlink()
         except OSError as e:
             raise ConfigError(f"disk_cache={folder}: cannot be used ({e})") from e
         # Files of other models count as well: the limit is the folder's.
@@ -104,7 +106,8 @@ class DiskCache:
         except OSError as e:
             log.warning("disk cache: nothing more is written (%s)", e)
             self.writes = False
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             return
         self._whole.add(file)
         self._files[file] = self._size
@@ -116,7 +119,8 @@ class DiskCache:
     def _forget(self, file: str) -> None:
         self._bytes -= self._files.pop(file, 0)
         self._whole.discard(file)
-        (self.folder / file).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that became read-only fails no request
+            (self.folder / file).unlink(missing_ok=True)
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], *facts: object) -> bytes:

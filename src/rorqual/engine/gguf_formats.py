@@ -1,7 +1,8 @@
 """The formats in which a GGUF file's matrices run: their own where the kernels know it, else what loses least.
 
-Q8_0, Q4_0 and Q4_1 are our int8, int4 and int4_min in groups of 32, value for value. Q4_K's groups of 32 are int4_min's
-but for the rounding of their scales to half precision; Q5 and Q6 values become int8. Float tensors stay wide.
+Q8_0, Q4_0 and Q4_1 are our int8, int4 and int4_min in groups of 32, and value for value where the file's scales are its
+groups' extremes, as the plain quantiser of llama.cpp sets them (one with an importance matrix may not: then within about
+1%). Q4_K becomes int4_min within about 1%, Q5 and Q6 values int8. Float tensors stay wide.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,12 @@ from rorqual.engine import packed_folder
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
 from rorqual.engine.request import Delta, FinishReason, Request, SamplingParams, TokenLogprob
-from rorqual.errors import TokenizerError
+from rorqual.errors import CapacityError, TokenizerError
 from rorqual.model.cost import cost
 from rorqual.text.template import ChatTemplate
 from rorqual.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or messages
 
@@ -60,9 +63,13 @@ def load_any(path: str | Path, dtype: str = "auto") -> Model:
     if where.suffix == ".gguf" and dtype == "auto":
         from rorqual.engine.gguf_formats import pack
 
-        loaded = load(path, "float32")
-        pack(loaded.model, where)
-        return loaded
+        try:
+            loaded = load(path, "float32")
+        except CapacityError as e:  # packing begins from wide values
+            log.warning("%s: runs in bfloat16, not in its own precision (%s)", where.name, e)
+        else:
+            pack(loaded.model, where)
+            return loaded
     return load(path, dtype)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,9 +22,8 @@ class Runner:
 
     def __init__(self, model: Transformer, cache: PagedCache, block_size: int, alone: bool = False) -> None:
         self.model, self.cache, self.block_size = model, cache, block_size
-        self.alone = (
-            alone  # each piece of work and each row of logits by itself: neighbours cannot change a bit
-        )
+        # Each piece of work and each row of logits by itself, so that neighbours cannot change a bit.
+        self.alone = alone
         self.moe_layers = sorted(
             layer for layer, _ in model.routers() if layer < model.config.num_hidden_layers
         )
@@ -78,17 +78,16 @@ class Runner:
         states [N, D] that `run` gave; its cache is filled along the way. A block that others share was filled by whoever
         came first, whose next token may be another: a wrong guess costs a little time, never a token.
         """
-        starts = dict(
-            zip(map(id, works), [0, *torch.tensor([w.count for w in works]).cumsum(0).tolist()], strict=False)
-        )
+        starts = list(accumulate((w.count for w in works), initial=0))
         for adapter, members in _by_weights(works).items():
             model = self.model if adapter is None else adapter.model
             ids: list[int] = []
             positions: list[int] = []
             spans: list[Span] = []
             rows: list[int] = []
-            for work in (works[i] for i in members):
-                s, first = work.sequence, starts[id(work)]
+            for i in members:
+                work, first = works[i], starts[i]
+                s = work.sequence
                 count = s.computed - work.start  # guesses that were wrong are not in it
                 spans.append(self._span(len(ids), work.start, count, s.blocks))
                 ids += s.tokens[work.start + 1 : s.computed + 1]

@@ -16,8 +16,9 @@ from typing import Any
 
 from rorqual.config import from_dict, put, read_tree, to_dict
 from rorqual.errors import ConfigError
+from rorqual.lab.records import Trial
 from rorqual.lab.rungs import Ladder
-from rorqual.lab.store import PRIORITIES, Store, Trial
+from rorqual.lab.store import PRIORITIES, Store
 from rorqual.train.config import TrainConfig
 
 OURS = ("out", "stop_at", "save_every", "keep")  # keys of a run that the lab decides

@@ -11,8 +11,9 @@ from rorqual.checkpoint.files import write_whole
 from rorqual.errors import RunError
 from rorqual.lab.evidence import ENOUGH, Change, Effect, Row, changes, effects
 from rorqual.lab.job import curve
+from rorqual.lab.records import Study
 from rorqual.lab.status import duration, ladder_words, leaders, table, value_words, when
-from rorqual.lab.store import Store, Study
+from rorqual.lab.store import Store
 from rorqual.train.plot import Curve, chart
 from rorqual.train.report import STYLE
 

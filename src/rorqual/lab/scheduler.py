@@ -18,9 +18,10 @@ from typing import TextIO
 from rorqual.errors import RorqualError
 from rorqual.lab.choose import Busy, Wish, make_room, order
 from rorqual.lab.job import Backend, Job, Outcome, seen, tail
+from rorqual.lab.records import Attempt, Ended, Study, Trial
 from rorqual.lab.rungs import Promotion, Standing, best_left, bonus, due
 from rorqual.lab.settings import Settings
-from rorqual.lab.store import Attempt, Ended, Store, Study, Trial
+from rorqual.lab.store import Store
 
 POLL = 0.05  # seconds between looks: an urgent trial waits no longer for its slot
 BACKLOG = 3  # promoted trials that wait, from which on they go before new ideas

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rorqual.lab.job import tail
+from rorqual.lab.records import Study, Trial
 from rorqual.lab.rungs import Ladder
-from rorqual.lab.store import PRIORITIES, Store, Study, Trial
+from rorqual.lab.store import PRIORITIES, Store
 
 SHOWN = 12  # lines of each part
 LEVELS = {v: k for k, v in PRIORITIES.items()}

@@ -120,12 +120,26 @@ _SMOLLM2: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+_DENSE_67B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 102400,
+    "hidden_size": 8192,
+    "intermediate_size": 22016,
+    "num_hidden_layers": 95,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": _LITE,
     "deepseek-v2": _V2,
     "deepseek-v3": _V3,
     "glm-4.7-flash": _GLM_FLASH,
     "smollm2-135m": _SMOLLM2,
+    "deepseek-67b": _DENSE_67B,
 }
 
 

@@ -44,7 +44,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate. Seconds are of one device for one token, times 1 / gpus of the whole."""
+    """An estimate. `compute` and `sending` are what one token costs one device, in seconds."""
 
     layout: Layout
     tokens: float
