@@ -158,9 +158,9 @@ def _seconds_per_step(config: TrainConfig) -> float:
 
 
 def _has_checkpoint(run: Path) -> bool:
-    from rorqual.train import checkpoint
+    from rorqual.train import folders
 
-    return bool(checkpoint.steps(run))
+    return bool(folders.steps(run))
 
 
 def _show_samples(run: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from rorqual.config import from_dict, to_dict
 from rorqual.lab import child
 from rorqual.lab.job import Job, seen
-from rorqual.train import checkpoint
+from rorqual.train import checkpoint, folders
 from rorqual.train.config import TrainConfig
 from rorqual.train.run import train
 
@@ -42,5 +42,5 @@ def test_three_rungs_equal_one_run_bit_for_bit(token_set: Path, tmp_path: Path) 
     whole = dataclasses.replace(config, out=tmp_path / "whole")
     train(whole, show=Silent())
     for name in ("model.safetensors", checkpoint.TENSORS):
-        one, two = (checkpoint.folder_of(out, 9) / name for out in (whole.out, folder / "run"))
+        one, two = (folders.folder_of(out, 9) / name for out in (whole.out, folder / "run"))
         assert one.read_bytes() == two.read_bytes(), name

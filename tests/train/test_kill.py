@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rorqual.config import to_dict
-from rorqual.train import checkpoint
+from rorqual.train import checkpoint, folders
 from rorqual.train.command import TrainOptions, train_config
 from rorqual.train.config import TrainConfig
 from rorqual.train.metrics import read
@@ -28,7 +28,7 @@ import torch
 from pathlib import Path
 from rorqual.config import load_config
 from rorqual.device import Limits
-from rorqual.train import checkpoint, run
+from rorqual.train import checkpoint, folders, run
 from rorqual.train.command import TrainOptions, train_config
 from rorqual.train.config import TrainConfig
 
@@ -42,7 +42,7 @@ while True:
     if child == 0:
         code = 1
         try:
-            run.train(config, resume=bool(checkpoint.steps(config.out)))
+            run.train(config, resume=bool(folders.steps(config.out)))
             code = 0
         finally:
             os._exit(code)
@@ -78,7 +78,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 1
     for name in ("model.safetensors", checkpoint.TENSORS):
-        one, two = (checkpoint.folder_of(c.out, steps) / name for c in (whole, config))
+        one, two = (folders.folder_of(c.out, steps) / name for c in (whole, config))
         assert one.read_bytes() == two.read_bytes(), name
     assert [x["loss"] for x in read(whole.out)] == [x["loss"] for x in read(config.out)]
     assert not list((config.out / "checkpoints").glob(".*"))
@@ -104,7 +104,7 @@ def test_a_scheduler_is_told_by_exit_code_75(token_set: Path, tmp_path: Path, si
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "go on with --resume" in said
-    step = checkpoint.steps(out)[-1]
+    step = folders.steps(out)[-1]
     assert step == read(out)[-1]["step"]
     options = TrainOptions(("eval_every=5", f"stop_at={step + 2}"), out=out, resume=True)
     assert train(train_config(options), resume=True, show=silent).step == step + 2

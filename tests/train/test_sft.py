@@ -14,7 +14,7 @@ from rorqual.checkpoint.tensors import TensorFile
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model.attend import Causal
 from rorqual.model.transformer import Transformer
-from rorqual.train import checkpoint
+from rorqual.train import checkpoint, folders
 from rorqual.train.command import SftOptions
 from rorqual.train.config import TrainConfig
 from rorqual.train.metrics import read
@@ -96,7 +96,7 @@ def test_a_resumed_run_equals_one_that_went_through(
     more: dict[str, Any] = {"lora": lora, "epochs": 4, "save_every": 2}
     whole = sft(config_of(base, chats, tmp_path, out=tmp_path / "a", **more))
     sft(config_of(base, chats, tmp_path, out=tmp_path / "b", **more))
-    last = checkpoint.steps(tmp_path / "b")[-1]
+    last = folders.steps(tmp_path / "b")[-1]
     checkpoint.clean(tmp_path / "b", last - 1)  # as if it had been stopped before the end
     again = sft(config_of(base, chats, tmp_path, out=tmp_path / "b", **more), resume=True)
     for name in ("model.safetensors", checkpoint.TENSORS):

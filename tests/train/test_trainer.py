@@ -12,7 +12,7 @@ import torch
 
 from rorqual.checkpoint import hf
 from rorqual.errors import CheckpointError, ConfigError, DataError, NumericsError, RunError
-from rorqual.train import checkpoint
+from rorqual.train import checkpoint, folders
 from rorqual.train.config import Optim, TrainConfig
 from rorqual.train.lock import Lock
 from rorqual.train.metrics import read
@@ -34,8 +34,8 @@ def moments(folder: Path) -> bytes:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Weights, selection biases, moments, random state and losses, to the bit."""
-    last = checkpoint.steps(a)[-1]
-    one, two = checkpoint.folder_of(a, last), checkpoint.folder_of(b, last)
+    last = folders.steps(a)[-1]
+    one, two = folders.folder_of(a, last), folders.folder_of(b, last)
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, weights(two)[name]), name
     assert moments(one) == moments(two)
@@ -152,7 +152,7 @@ def test_it_ends_where_going_back_does_not_help(
     break_steps(monkeypatch, lambda t: t.step >= 3)
     with pytest.raises(NumericsError, match=r"again after going back.*optim\.lr"):
         train(make_config(save_every=2), show=silent)
-    assert checkpoint.steps(make_config().out) == [2]
+    assert folders.steps(make_config().out) == [2]
 
 
 def test_without_a_checkpoint_it_ends_at_once(
@@ -166,7 +166,7 @@ def test_without_a_checkpoint_it_ends_at_once(
 def test_a_damaged_checkpoint_costs_one_interval(make_config: Make, tmp_path: Path, silent: Any) -> None:
     train(make_config(out=tmp_path / "a"), show=silent)
     train(make_config(out=tmp_path / "b", save_every=2, stop_at=6), show=silent)
-    path = checkpoint.folder_of(tmp_path / "b", 6) / "model.safetensors"
+    path = folders.folder_of(tmp_path / "b", 6) / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-5] ^= 1
     path.write_bytes(raw)
@@ -192,7 +192,7 @@ def test_a_full_disk_neither_stops_training_nor_leaves_halves(
     config = make_config(save_every=2)
     train(config, show=silent)
     assert any("no checkpoint at step 4" in s and "No space left" in s for s in silent.said)
-    assert checkpoint.steps(config.out) == [6, 8]
+    assert folders.steps(config.out) == [6, 8]
     assert not list((config.out / "checkpoints").glob(".*"))
 
 
@@ -263,7 +263,7 @@ def test_a_resume_with_another_model_or_rate_is_refused_by_name(make_config: Mak
         train(make_config(shape=wider), resume=True, show=silent)
     with pytest.raises(RunError, match=r"optim\.lr=0.5"):
         train(make_config(optim=Optim(lr=0.5)), resume=True, show=silent)
-    folder = checkpoint.folder_of(make_config().out, 1)
+    folder = folders.folder_of(make_config().out, 1)
     with pytest.raises(RunError, match="n_routed_experts=4, the run now asks for 8"):
         checkpoint.restore(folder, Shape(**wider).model(300, 32, 0, 1))
 
@@ -295,7 +295,7 @@ def test_what_does_not_fit_is_said_before_work(
 
 def test_checkpoints_beyond_the_last_few_are_dropped(make_config: Make, silent: Any) -> None:
     train(make_config(save_every=1, keep=3), show=silent)
-    assert checkpoint.steps(make_config().out) == [6, 7, 8]
+    assert folders.steps(make_config().out) == [6, 7, 8]
 
 
 def test_a_longer_context_goes_on_from_a_checkpoint(make_config: Make, tmp_path: Path, silent: Any) -> None:

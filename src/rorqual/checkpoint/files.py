@@ -27,18 +27,7 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     work.mkdir()
     try:
         yield work
-        for path in work.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        _sync(work)
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            os.rename(target, old)
-            os.rename(work, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(work, target)
-        _sync(target.parent)
+        take_name(work, target)
     except OSError as e:
         shutil.rmtree(work, ignore_errors=True)
         raise CheckpointError(
@@ -47,6 +36,21 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def take_name(work: Path, target: Path) -> None:
+    """Sync a folder with all that is in it, and rename it; what had the name before goes."""
+    for path in work.rglob("*"):
+        _sync(path)
+    _sync(work)
+    if target.exists():
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        os.rename(target, old)
+        os.rename(work, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(work, target)
+    _sync(target.parent)
 
 
 def write_whole(path: Path, text: str) -> None:

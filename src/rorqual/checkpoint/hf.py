@@ -16,6 +16,7 @@ from torch import Tensor
 from rorqual.checkpoint import fp8
 from rorqual.checkpoint.files import whole_folder
 from rorqual.checkpoint.names import Slot, fused_slots, ignored, slots
+from rorqual.checkpoint.pieces import Pieces
 from rorqual.checkpoint.tensors import TensorFile, write_tensors
 from rorqual.device import format_bytes, require_memory
 from rorqual.errors import CheckpointError
@@ -31,6 +32,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 SHARD_BYTES = 5_000_000_000
+PIECES, MODEL = (
+    "pieces",
+    "model",
+)  # the folder of parts in a checkpoint of many processes, and what is before a name
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -139,6 +144,8 @@ def load_model(
     Raises CheckpointError for missing, unexpected, mis-shaped, unscaled or non-finite tensors, with their
     names; CapacityError before any is read where memory does not suffice.
     """
+    if (folder / PIECES).is_dir():
+        return _from_pieces(folder, config or load_config(folder), dtype or torch.float32)
     weights = Weights(folder)
     config = config or load_config(folder)
     config = _without_absent_mtp(config, weights)
@@ -158,6 +165,24 @@ def load_model(
         _fill(slot, weights, scheme)
         if check_finite:
             _check_finite(slot, weights)
+    return model.eval()
+
+
+def _from_pieces(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """The model of a checkpoint that many processes wrote in parts."""
+    pieces = Pieces(folder / PIECES)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    own = model.state_dict(keep_vars=True)
+    needed = sum(t.numel() * t.element_size() for t in own.values())
+    require_memory(
+        needed, f"{folder.resolve()} in {str(dtype).removeprefix('torch.')}", "use a larger machine"
+    )
+    _allocate(model)
+    for name, t in model.state_dict().items():
+        if config.tie_word_embeddings and name == "lm_head.weight":
+            continue  # the embedding's
+        t.copy_(pieces.read(f"{MODEL}.{name}"))
     return model.eval()
 
 
@@ -267,22 +292,23 @@ def save_model(
     """
     with whole_folder(Path(folder), replace) as work:
         _write_weights(model, work, dtype, shard_bytes)
-        config = dataclasses.replace(model.config, quantization_config=None)
-        tree = config.to_hf()
-        stored = dtype or next(model.parameters()).dtype
-        tree["dtype"] = tree["torch_dtype"] = str(stored).removeprefix("torch.")
-        (work / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-        ids = {
-            k: tree[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if tree.get(k) is not None
-        }
-        (work / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if tokenizer_from is not None and (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, work / name)
+        write_config(model.config, work, dtype or next(model.parameters()).dtype, tokenizer_from)
         for name, content in (texts or {}).items():
             (work / name).write_text(content, encoding="utf-8")
         if more is not None:
             more(work)
+
+
+def write_config(config: ModelConfig, work: Path, dtype: torch.dtype, tokenizer_from: Path | None) -> None:
+    """config.json, generation_config.json and the tokenizer's files of a folder with weights of `dtype`."""
+    tree = dataclasses.replace(config, quantization_config=None).to_hf()
+    tree["dtype"] = tree["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (work / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+    ids = {k: tree[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if tree.get(k) is not None}
+    (work / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if tokenizer_from is not None and (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, work / name)
 
 
 def _write_weights(model: Transformer, work: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:

@@ -3,7 +3,6 @@ file, so it runs on any machine that sees the folder."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import fcntl
 import importlib
@@ -16,13 +15,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from rorqual.errors import RorqualError
 from rorqual.lab import contract
 from rorqual.lab.job import CURRENT, LOCK, LOG, RUN, Job, Outcome, seen, tail
+from rorqual.train.launch import end_with_parent
 
 LOCK_PATIENCE = 30.0  # seconds for an earlier attempt to be gone
 
@@ -105,7 +104,7 @@ def _train(job: Job, wish: Wish) -> int:
     import torch
 
     from rorqual.config import from_dict
-    from rorqual.train import checkpoint
+    from rorqual.train import folders
     from rorqual.train.config import TrainConfig
     from rorqual.train.run import train
     from rorqual.train.stop import exit_code
@@ -117,7 +116,7 @@ def _train(job: Job, wish: Wish) -> int:
     )
     if wish.asked:
         return contract.LEFT
-    return exit_code(train(config, resume=bool(checkpoint.steps(config.out)), show=Lines()).stopped)
+    return exit_code(train(config, resume=bool(folders.steps(config.out)), show=Lines()).stopped)
 
 
 def _function(job: Job, wish: Wish) -> int:
@@ -160,20 +159,6 @@ def words(job: Job) -> list[str]:
         if put or not word:  # an empty {resume} is no argument
             found.append(put)
     return found
-
-
-def end_with_parent(number: signal.Signals) -> Callable[[], None]:
-    """For preexec_fn: the child gets the signal when the one who started it is gone (Linux)."""
-
-    parent = os.getpid()
-
-    def ask() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
-            if os.getppid() != parent:  # it was gone before
-                os._exit(1)
-
-    return ask
 
 
 if __name__ == "__main__":

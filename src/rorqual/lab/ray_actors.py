@@ -11,8 +11,9 @@ import sys
 from typing import Any
 
 from rorqual.errors import RunError
-from rorqual.lab.child import end_with_parent, environment
+from rorqual.lab.child import environment
 from rorqual.lab.job import Job
+from rorqual.train.launch import end_with_parent
 
 NAMESPACE = "rorqual-lab"
 

@@ -6,7 +6,7 @@ collapse onto a few values (sgl-project/sglang#37133).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,19 +19,20 @@ from rorqual.model.config import ModelConfig
 from rorqual.model.layers import SwiGLU, apply_keeping_float32
 
 
-@dataclass
 class Routing:
     """A record of one forward pass, filled by the MoE layers; recomputing a layer writes the same values
     again.
 
     `replay` {layer: expert ids [N, K]} forces the choice (the weights are still computed, and
-    differentiable), so that an update scores the very experts that sampling used.
+    differentiable), so that an update scores the very experts that sampling used. Not a dataclass: FSDP2 hands
+    modules copies of those.
     """
 
-    replay: dict[int, Tensor] | None = None
-    chosen: dict[int, Tensor] = field(default_factory=dict)  # layer → [N, K]
-    load: dict[int, Tensor] = field(default_factory=dict)  # layer → tokens per expert [E]
-    losses: dict[int, Tensor] = field(default_factory=dict)  # layer → balance loss, coefficient included
+    def __init__(self, replay: dict[int, Tensor] | None = None) -> None:
+        self.replay = replay
+        self.chosen: dict[int, Tensor] = {}  # layer → [N, K]
+        self.load: dict[int, Tensor] = {}  # layer → tokens per expert [E]
+        self.losses: dict[int, Tensor] = {}  # layer → balance loss, coefficient included
 
     @property
     def balance_loss(self) -> Tensor:
@@ -144,6 +145,9 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = SwiGLU(config.hidden_size, width) if width else None
+        # Where other processes take other rows of the batch: how many do, and the sum over them, in place.
+        self.data_size = 1
+        self.sum_counts: Callable[[Tensor], Tensor] = lambda counts: counts
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """x [*L, D] → [*L, D]. For the sequence-wise loss the last leading dimension is the sequence."""
@@ -157,25 +161,31 @@ class MoE(nn.Module):
             routing.chosen[self.layer] = ids
             routing.load[self.layer] = load
             if self.aux_loss_alpha and self.training:
-                rows = x.shape[0] if x.dim() == 3 and self.seq_aux else 1
-                routing.losses[self.layer] = self.aux_loss_alpha * balance_loss(scores, ids, rows)
+                if x.dim() == 3 and self.seq_aux:
+                    loss = balance_loss(scores, ids, x.shape[0])
+                else:
+                    loss = balance_loss(scores, ids, load=self.sum_counts(load.float()) / self.data_size)
+                routing.losses[self.layer] = self.aux_loss_alpha * loss
         out = self.experts(flat, ids, weights, load).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x)
 
 
-def balance_loss(scores: Tensor, ids: Tensor, rows: int = 1) -> Tensor:
+def balance_loss(scores: Tensor, ids: Tensor, rows: int = 1, load: Tensor | None = None) -> Tensor:
     """Expert-level balance loss over `rows` equal parts of the N tokens, without its coefficient.
 
     sum_i f_i P_i with f_i = E / (K T) * count_i and P_i the mean share of expert i's score: 1 where all is
     even (DeepSeek-V2, section 2.2.3; per sequence as in DeepSeek-V3, section 2.1.2). scores [N, E], ids [N,
-    K] → scalar.
+    K] → scalar. `load` [E]: counts of a larger batch that these tokens are an even part of, as many as theirs.
     """
     n, experts = scores.shape
     share = (scores / scores.sum(-1, keepdim=True)).view(rows, n // rows, experts).mean(1)
     index = ids.reshape(rows, -1)
-    count = torch.zeros(rows, experts, device=scores.device).scatter_add_(
-        1, index, torch.ones_like(index, dtype=torch.float32)
-    )
+    if load is None:
+        count = torch.zeros(rows, experts, device=scores.device).scatter_add_(
+            1, index, torch.ones_like(index, dtype=torch.float32)
+        )
+    else:
+        count = load[None]
     return (count * experts / index.shape[1] * share).sum(1).mean()
 
 

@@ -19,7 +19,7 @@ from rorqual.rl.report import write_report
 from rorqual.rl.tokens import write_characters
 from rorqual.rl.view import view
 from rorqual.text.tokenizer import Tokenizer
-from rorqual.train import checkpoint
+from rorqual.train import checkpoint, folders
 from rorqual.train.allocator import keep_freed_memory
 from rorqual.train.lock import Lock
 from rorqual.train.metrics import View
@@ -37,7 +37,7 @@ def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) 
     mix = Mix(config.tasks, tasks, config.seed, config.eval_problems)
     keep_freed_memory()
     with Lock(config.out):
-        there = checkpoint.steps(config.out)
+        there = folders.steps(config.out)
         if there and not resume:
             raise RunError(
                 f"{config.out.resolve()}: holds a run of {there[-1]} steps; add --resume to go on, or take another folder"

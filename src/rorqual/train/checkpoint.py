@@ -15,10 +15,14 @@ import torch
 from torch import Tensor
 
 from rorqual.checkpoint import hf
+from rorqual.checkpoint.files import take_name
+from rorqual.checkpoint.pieces import Box, Pieces, name_of, write_pieces
 from rorqual.checkpoint.tensors import TensorFile, write_tensors
 from rorqual.errors import CheckpointError, RunError
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
+from rorqual.parallel.mesh import Mesh, PeerFailed
+from rorqual.train.folders import folder_of, steps
 
 STATE, TENSORS = "trainer.json", "trainer.safetensors"
 FORMAT = 1
@@ -34,9 +38,12 @@ class Saved:
     state: Mapping[str, Any]
 
 
-def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
-    return run / "checkpoints" / f"step-{step:08d}"
+@dataclass(frozen=True)
+class Parts:
+    """What one process writes: its tensors, `model.NAME` and `state.NAME`, and where they belong."""
+
+    tensors: Mapping[str, Tensor]
+    boxes: Mapping[str, Box]
 
 
 def save(run: Path, model: Transformer, saved: Saved, tokenizer_from: Path, keep: int) -> Path:
@@ -57,10 +64,45 @@ def save(run: Path, model: Transformer, saved: Saved, tokenizer_from: Path, keep
     return target
 
 
-def steps(run: Path) -> list[int]:
-    """Steps with a checkpoint, in order."""
-    found = (p.name.removeprefix("step-") for p in (run / "checkpoints").glob("step-*") if p.is_dir())
-    return sorted(int(name) for name in found if name.isdigit())
+def save_parts(
+    run: Path, config: ModelConfig, saved: Saved, parts: Parts, tokenizer_from: Path, keep: int, mesh: Mesh
+) -> Path:
+    """`save` by many processes, each with its parts; all of them see the same folder. Raises CheckpointError on every
+    one where one fails."""
+    target = folder_of(run, saved.step)
+    work = target.with_name(f".{target.name}.partial")
+    mine = work / hf.PIECES / name_of(mesh.rank, mesh.world)
+
+    def begin() -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        mine.parent.mkdir(parents=True)
+
+    def write() -> Tensor:
+        write_pieces(mine, parts.tensors, parts.boxes)
+        return torch.frombuffer(bytearray.fromhex(digest(mine)), dtype=torch.uint8)
+
+    def end() -> None:
+        hf.write_config(config, work, torch.float32, tokenizer_from)
+        sums = {
+            f"{hf.PIECES}/{name_of(r, mesh.world)}": bytes(d).hex() for r, d in enumerate(digests.tolist())
+        }
+        sums |= {path.name: digest(path) for path in sorted(work.iterdir()) if path.is_file()}
+        tree = {"format": FORMAT, "step": saved.step, **saved.state, "sha256": sums}
+        (work / STATE).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        take_name(work, target)
+        for old in steps(run)[:-keep]:
+            _drop(folder_of(run, old))
+
+    try:
+        mesh.together(begin, alone=True)
+        found = mesh.together(write)
+        assert found is not None
+        digests = mesh.teams["world"].gather(found)
+        mesh.together(end, alone=True)
+    except (OSError, PeerFailed) as e:
+        why = getattr(e, "strerror", None) or e
+        raise CheckpointError(f"{target}: cannot be written ({why}); nothing was left behind") from e
+    return target
 
 
 def latest(run: Path, say: Callable[[str], None]) -> Path | None:
@@ -97,9 +139,11 @@ def clean(run: Path, beyond: int) -> None:
             _drop(folder_of(run, step))
 
 
-def restore(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Saved]:
-    """(model tensors, the rest) of a checkpoint; torch's random state is set. Raises RunError where its model is
-    another than `config`."""
+def restore(
+    folder: Path, config: ModelConfig, boxes: Mapping[str, Box] | None = None
+) -> tuple[dict[str, Tensor], Saved]:
+    """(model tensors, the rest) of a checkpoint; torch's random state is set. `boxes`: which part of a tensor is wanted,
+    where it is not the whole. Raises RunError where its model is another than `config`."""
     found = hf.load_config(folder)
     if dataclasses.replace(found, quantization_config=None) != config:
         ours, theirs = config.to_hf(), found.to_hf()
@@ -111,11 +155,38 @@ def restore(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], Saved
     tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if tree["format"] != FORMAT:
         raise CheckpointError(f"{folder.resolve()}: {STATE} has format {tree['format']}, this is {FORMAT}")
+    weights, tensors = (_of_parts if (folder / hf.PIECES).is_dir() else _of_whole)(folder, boxes or {})
+    torch.set_rng_state(tensors.pop("torch_rng"))
+    return weights, Saved(int(tree["step"]), tensors, tree)
+
+
+def _of_whole(folder: Path, boxes: Mapping[str, Box]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     file = TensorFile(folder / TENSORS)
     tensors = {name: file.read(name) for name in file.entries}
     weights = hf.load_model(folder, torch.float32).state_dict()
-    torch.set_rng_state(tensors.pop("torch_rng"))
-    return weights, Saved(int(tree["step"]), tensors, tree)
+    return _cut(weights, boxes), _cut(tensors, boxes)
+
+
+def _of_parts(folder: Path, boxes: Mapping[str, Box]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    pieces = Pieces(folder / hf.PIECES)
+    weights: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    for full in pieces.parts:
+        kind, _, name = full.partition(".")
+        (weights if kind == hf.MODEL else tensors)[name] = pieces.read(full, boxes.get(name))
+    if "embed_tokens.weight" in weights and "lm_head.weight" not in weights:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]  # tied: one tensor under two names
+    return weights, tensors
+
+
+def _cut(tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> dict[str, Tensor]:
+    cut = {}
+    for name, t in tensors.items():
+        box = boxes.get(name)
+        if box is not None:
+            t = t[tuple(slice(a, a + n) for a, n in zip(box.start, box.size, strict=True))].clone()
+        cut[name] = t
+    return cut
 
 
 def digest(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class TrainOptions:
     init_from: Path | None = None  # a model folder to go on from
     extend_context: int | None = None  # with init_from: stretch its positions by YaRN
     resume: bool = False  # go on from the last checkpoint, with the run's own config
+    nproc: int = 1  # processes of this machine that share the run; parallel.* says how
     show: bool = False  # print the config and what it costs, and leave
 
     def all_overrides(self) -> list[str]:
@@ -106,14 +108,33 @@ def sft(argv: Sequence[str]) -> int:
 
 def train(argv: Sequence[str]) -> int:
     options = parse_train(argv)
+    if options.nproc < 1:
+        raise ConfigError(f"--nproc {options.nproc}: must be 1 or more")
     config = train_config(options)
     if options.show:
         return _show(config)
+    from rorqual.parallel.environment import restarted, world_of
+    from rorqual.train import folders
+    from rorqual.train.launch import launch
+
+    rank, world = world_of()
+    if options.nproc > 1 and world == 1:
+        return launch(options.nproc, argv, config.out)
+    from rorqual.parallel.mesh import leave, lost_the_others
     from rorqual.train.run import train as run
     from rorqual.train.stop import exit_code
 
-    result = run(config, options.resume)
-    print(ending(config.out, result.folder, result.step, config.steps))
+    resume = options.resume or (restarted() and bool(folders.steps(config.out)))
+    try:
+        result = run(config, resume)
+    except RuntimeError as e:
+        if world == 1 or not lost_the_others(e):
+            raise
+        print(f"error: process {rank} lost the others: {str(e).splitlines()[0]}", file=sys.stderr)
+        return 1  # the launcher knows which one died, and starts all again
+    leave()
+    if rank == 0:
+        print(ending(config.out, result.folder, result.step, config.steps))
     return exit_code(result.stopped)
 
 

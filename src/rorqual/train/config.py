@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from rorqual.errors import ConfigError
+from rorqual.parallel.config import Parallel
 from rorqual.train.shape import Shape
 
 
@@ -79,8 +80,9 @@ class TrainConfig:
     shape: Shape = field(default_factory=Shape)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
+    parallel: Parallel = field(default_factory=Parallel)  # with `--nproc` or torchrun
     steps: int = 1000
-    batch_size: int = 8  # rows of a micro-batch: what is in memory at once
+    batch_size: int = 8  # rows of a micro-batch, over all processes: what is in memory at once
     accumulate: int = 1  # micro-batches of a step
     seq_len: int = 256
     document_masks: bool = True  # tokens see their own document only

@@ -19,6 +19,14 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
+class NoView:
+    """Shows nothing."""
+
+    def update(self, line: Mapping[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
 class Log:
     """Appends lines; on a resumed run first drops those after the checkpoint, which will be computed again."""
 
@@ -50,6 +58,20 @@ class Log:
         work.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         work.replace(self.path)
         return self.path.open("a", encoding="utf-8")
+
+
+class NoLog(Log):
+    """Of a process that does not speak for the run."""
+
+    def __init__(self) -> None: ...
+
+    def write(self, line: Mapping[str, Any]) -> None: ...
+
+    def rewind(self, step: int) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 
 def read(run: Path) -> list[dict[str, Any]]:

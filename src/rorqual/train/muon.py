@@ -60,21 +60,44 @@ class Rates:
     dtype: torch.dtype  # of the orthogonalisation's products
 
 
+class Work:
+    """One process has all of every matrix, and does all the work."""
+
+    together = False  # whether a process that has nothing of a matrix takes part all the same
+
+    def whole(self, parts: list[Tensor]) -> Tensor:
+        """What this process has of n parameters → all of them [n, ..., R, C]."""
+        return torch.stack(parts)
+
+    def orthogonal(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x [B, R, C] → `orthogonal` of it."""
+        return orthogonal(x, dtype)
+
+    def mine(self, updates: Tensor) -> Tensor:
+        """The part [n, ...] of the updates [n, ..., R, C] that is this process's."""
+        return updates
+
+
+WORK = Work()
+
+
 def muon_(
     params: list[Tensor],
     grads: list[Tensor],
     momenta: list[Tensor],
     rows: list[Tensor],
     r: Rates,
+    by: Work = WORK,
 ) -> None:
-    """One update in place of matrices [..., R, C] of one shape; rows [..., R, 1] are their second moments."""
+    """One update in place of matrices [..., R, C] of one shape; rows [..., R, 1] are their second moments. `by`: how
+    several processes share them."""
     torch._foreach_lerp_(momenta, grads, 1 - r.momentum)
-    ahead = torch._foreach_lerp(grads, momenta, r.momentum)  # Nesterov's look ahead
-    shape = params[0].shape
-    update = orthogonal(torch.stack(ahead).view(-1, *shape[-2:]), r.dtype).float()
+    ahead = by.whole(list(torch._foreach_lerp(grads, momenta, r.momentum)))  # Nesterov's look ahead
+    shape = ahead.shape[1:]
+    update = by.orthogonal(ahead.view(-1, *shape[-2:]), r.dtype).float()
     if r.even_rows:
         update = update * _even_rows_(rows, update.square().mean(-1, keepdim=True))
-    updates = update.view(len(params), *shape).unbind(0)
+    updates = by.mine(update.view(len(params), *shape)).unbind(0)
     if r.decay:
         for p, u in zip(params, updates, strict=True):
             p.addcmul_(p, p * u > 0, value=-r.lr * r.decay)

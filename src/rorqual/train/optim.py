@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from rorqual.errors import RunError
+from rorqual.parallel.layout import Layout, Piece, Placement, local
+from rorqual.parallel.mesh import Mesh
 from rorqual.train import muon
 from rorqual.train.config import Optim
+from rorqual.train.teamwork import work_of
 
 EPS = 1e-8
 
@@ -35,17 +38,18 @@ class Member:
 
     name: str
     param: Tensor
-    moments: tuple[Tensor, Tensor]
+    moments: tuple[Tensor, Tensor]  # of this process's part
 
 
 @dataclass
 class Group:
     """Parameters that share a rule and a full rate; under Muon also their shape."""
 
-    muon: bool
+    is_muon: bool
     members: list[Member]
     lr: float
     decay: float
+    work: muon.Work = muon.WORK
 
     @property
     def live(self) -> list[Member]:
@@ -55,33 +59,41 @@ class Group:
 class Optimizer:
     """`step(share)` applies one update at a share of the full rates. Moments are float32 whatever the gradients are.
 
-    `dtype` is that of Muon's products.
+    `dtype` is that of Muon's products; `layout` says what other processes hold of the parameters.
     """
 
     def __init__(
-        self, named: Iterable[tuple[str, Tensor]], config: Optim, dtype: torch.dtype = torch.float32
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        config: Optim,
+        dtype: torch.dtype = torch.float32,
+        layout: Layout | None = None,
     ) -> None:
         self.config, self.dtype = config, dtype
+        self.layout = layout or Layout(Mesh())
         self.count = 0
-        found: dict[tuple[str, tuple[int, ...]], list[Member]] = defaultdict(list)
+        found: dict[tuple[str, Placement | None], list[Member]] = defaultdict(list)
         for name, p in named:
             if not p.requires_grad:
                 continue
-            which = kind(name, p)
+            placement, part, which = self.layout.of(name, tuple(p.shape)), local(p), kind(name, p)
             if config.name == "muon" and which == "matrix":
-                matrices = _matrices(name, p)
-                moments = (_zeros(matrices), _zeros(matrices[..., :1]))
-                found[which, tuple(matrices.shape)].append(Member(name, p, moments))
+                matrices = _matrices(name, part)
+                rows = matrices if len(placement.shape) > 2 else part.new_empty(placement.shape)
+                moments = (_zeros(matrices), _zeros(rows[..., :1]))
+                found[which, placement].append(Member(name, p, moments))
             else:
-                found[which, ()].append(Member(name, p, (_zeros(p), _zeros(p))))
-        self.groups = [self._group(which, shape, members) for (which, shape), members in found.items()]
+                found[which, None].append(Member(name, p, (_zeros(part), _zeros(part))))
+        self.groups = [self._group(which, members) for (which, _), members in found.items()]
 
-    def _group(self, which: str, shape: tuple[int, ...], members: list[Member]) -> Group:
+    def _group(self, which: str, members: list[Member]) -> Group:
         c = self.config
         lr = {"matrix": c.lr, "embedding": c.embedding_lr, "head": c.head_lr, "vector": c.vector_lr}[which]
         # Under Muon tables and head are not decayed; AdamW alone decays all but vectors.
         decays = which == "matrix" or (c.name == "adamw" and which != "vector")
-        return Group(bool(shape), members, lr, c.weight_decay if decays else 0.0)
+        muons = c.name == "muon" and which == "matrix"
+        work = work_of(members[0].name, self.layout) if muons else muon.WORK
+        return Group(muons, members, lr, c.weight_decay if decays else 0.0, work)
 
     @torch.no_grad()
     def step(self, share: float) -> None:
@@ -89,25 +101,30 @@ class Optimizer:
         self.count += 1
         for group in self.groups:
             if group.live:
-                (self._muon if group.muon else self._adamw)(group, share)
+                (self._muon if group.is_muon else self._adamw)(group, share)
 
     def _muon(self, group: Group, share: float) -> None:
-        c, live = self.config, group.live
+        c, live = self.config, [m for m in group.live if local(m.param).numel() or group.work.together]
+        if not live:
+            return
         warm = 1.0 if not c.momentum_warmup else min(self.count / c.momentum_warmup, 1.0)
         momentum = c.momentum_start + (c.momentum - c.momentum_start) * warm
         muon.muon_(
-            [_matrices(m.name, m.param.data) for m in live],
+            [_matrices(m.name, local(m.param.data)) for m in live],
             [_matrices(m.name, _grad(m.param)) for m in live],
             [m.moments[0] for m in live],
             [m.moments[1] for m in live],
             muon.Rates(group.lr * share, momentum, group.decay, c.even_rows, self.dtype),
+            group.work,
         )
 
     def _adamw(self, group: Group, share: float) -> None:
-        live, steps = group.live, torch.tensor(float(self.count))
+        live, steps = [m for m in group.live if local(m.param).numel()], torch.tensor(float(self.count))
+        if not live:
+            return
         beta1, beta2 = self.config.betas
         torch._fused_adamw_(
-            [m.param.data for m in live],
+            [local(m.param.data) for m in live],
             [_grad(m.param) for m in live],
             [m.moments[0] for m in live],
             [m.moments[1] for m in live],
@@ -139,9 +156,25 @@ class Optimizer:
             moment.copy_(state[name])
         self.count = int(state["count"])
 
+    def pieces(self) -> dict[str, Piece]:
+        """Which part of each moment this process holds."""
+        found: dict[str, Piece] = {}
+        for group in self.groups:
+            for m in group.members:
+                placement = self.layout.of(m.name, tuple(m.param.shape))
+                piece = placement.piece(self.layout.mesh)
+                if not group.is_muon:
+                    found |= {f"{m.name}.first": piece, f"{m.name}.second": piece}
+                    continue
+                if m.name.endswith("experts.gate_up_proj"):
+                    piece = piece.finer(2)
+                rows = Piece.whole(piece.shape) if len(piece.shape) == 2 else piece
+                found |= {f"{m.name}.momentum": piece, f"{m.name}.rows": rows.of_rows()}
+        return found
+
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
-            first, second = ("momentum", "rows") if group.muon else ("first", "second")
+            first, second = ("momentum", "rows") if group.is_muon else ("first", "second")
             for m in group.members:
                 yield f"{m.name}.{first}", m.moments[0]
                 yield f"{m.name}.{second}", m.moments[1]
@@ -164,13 +197,14 @@ def adamw_reference(
     return p * (1 - lr * decay) - lr * first / (1 - betas[0] ** step) / root, first, second
 
 
-def clip_(params: Sequence[Tensor], limit: float) -> float:
-    """Scale all gradients so that their norm is at most `limit` (0: no limit) and return the norm before.
+def clip_(params: Sequence[Tensor], limit: float, norm: float | None = None) -> float:
+    """Scale all gradients so that their norm is at most `limit` (0: no limit) and return the norm before. `norm`: theirs
+    and other processes'.
 
     A non-finite norm leaves the gradients alone: the caller skips the step.
     """
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = float(torch.stack(torch._foreach_norm(grads)).norm())
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    norm = float(torch.stack(torch._foreach_norm(grads)).norm()) if norm is None else norm
     if math.isfinite(norm) and 0 < limit < norm:
         torch._foreach_mul_(grads, limit / (norm + 1e-6))
     return norm
@@ -183,13 +217,14 @@ ADAMW_OPERATIONS, MUON_OPERATIONS = (
 
 
 def flops(optimizer: Optimizer) -> float:
-    """FLOPs of one update: Muon's products, and what either rule does to each element."""
+    """FLOPs of one update over all processes: Muon's products, and what either rule does to each element."""
     total = 0.0
     for group in optimizer.groups:
         for member in group.members:
-            total += member.param.numel() * (MUON_OPERATIONS if group.muon else ADAMW_OPERATIONS)
-            if group.muon:
-                *batch, rows, columns = member.moments[0].shape
+            shape = optimizer.layout.of(member.name, tuple(member.param.shape)).shape
+            total += math.prod(shape) * (MUON_OPERATIONS if group.is_muon else ADAMW_OPERATIONS)
+            if group.is_muon:
+                *batch, rows, columns = _matrices(member.name, torch.empty(shape, device="meta")).shape
                 total += muon.flops(math.prod(batch), rows, columns)
     return total
 
@@ -201,7 +236,7 @@ def _matrices(name: str, p: Tensor) -> Tensor:
 
 def _grad(p: Tensor) -> Tensor:
     assert p.grad is not None
-    return p.grad
+    return local(p.grad)
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -18,15 +18,18 @@ from rorqual.errors import ConfigError, DataError, RunError
 from rorqual.model.config import ModelConfig
 from rorqual.model.cost import Cost, cost
 from rorqual.model.transformer import Transformer
+from rorqual.parallel.environment import world_of
+from rorqual.parallel.mesh import Mesh, start
+from rorqual.parallel.spread import spread
 from rorqual.text.tokenizer import Tokenizer
-from rorqual.train import checkpoint
+from rorqual.train import checkpoint, folders
 from rorqual.train.allocator import keep_freed_memory
 from rorqual.train.bill import bill_lines
 from rorqual.train.config import TrainConfig
 from rorqual.train.extend import extended
 from rorqual.train.lock import Lock
 from rorqual.train.memory import check_memory
-from rorqual.train.metrics import View
+from rorqual.train.metrics import NoView, View
 from rorqual.train.optim import flops
 from rorqual.train.report import write_report
 from rorqual.train.speed import Speed
@@ -37,7 +40,7 @@ from rorqual.train.view import TensorBoard, view
 # What may change when a run is resumed: it does not touch the weights.
 FREE = frozenset({
     "out", "device", "stop_at", "save_every", "keep", "log_every", "tensorboard", "eval_every", "eval_rows",
-    "sample_every", "compile",
+    "sample_every", "compile", "parallel",
 })  # fmt: skip
 
 
@@ -57,15 +60,19 @@ def train(config: TrainConfig, resume: bool = False, show: View | None = None) -
         read_meta(folder)
     tokenizer = Tokenizer.load(config.data[0])
     shape = model_config(config, tokenizer)
+    config.parallel.check(world_of()[1], config.batch_size, shape)
     validation = Validation(config, tokenizer, shape.vocab_size)
+    mesh = start(config.parallel, resolve_device(config.device))
     loader = Loader(
         LoaderConfig(config.data, tuple(Stage(s, w) for s, w in config.curriculum), config.seed),
-        config.batch_size,
+        config.batch_size // mesh.data.size,
         config.seq_len,
         config.steps * config.accumulate,
+        mesh.data.index,
+        mesh.data.size,
         vocab_size=shape.vocab_size,
     )
-    return conduct(config, shape, loader, config.data[0], validation, resume, show)
+    return conduct(config, shape, loader, config.data[0], validation, resume, show, mesh=mesh)
 
 
 def conduct(
@@ -78,39 +85,62 @@ def conduct(
     show: View | None = None,
     adapt: Export = lambda model: model,
     export: Export = lambda model: model,
+    mesh: Mesh | None = None,
 ) -> Result:
     """Train in the run folder, with its lock, its checkpoints and its report. `adapt` makes what is trained of the
-    model that is begun with, `export` what is saved of what is trained."""
-    check_memory(config, shape)
+    model that is begun with, `export` what is saved of what is trained; `mesh` are the processes that share the run."""
+    mesh = mesh or Mesh()
+    check_memory(config, shape, mesh)
     keep_freed_memory()
-    with Lock(config.out):
-        there = checkpoint.steps(config.out)
-        if there and not resume:
-            raise RunError(
-                f"{config.out.resolve()}: holds a run of {there[-1]} steps; add --resume to go on, or take another folder"
-            )
-        show = show or view(config.out.name, config.steps)
-        show = TensorBoard(config.out, show) if config.tensorboard else show
+    lock = mesh.together(lambda: Lock(config.out).__enter__(), alone=True)
+    try:
+        show = _view(config, show) if mesh.first else NoView()
         try:
-            found = checkpoint.latest(config.out, show.say)
-            if resume and found is None:
-                raise RunError(f"{config.out.resolve()}: nothing to resume; it has no whole checkpoint")
-            settle(config, resume)
-            model = adapt(begin_model(config, shape))
-            trainer = Trainer(config, model, source, tokenizer_from, validation, export=export)
+            found = mesh.together(lambda: _begin(config, resume, show), alone=True)
+            step = mesh.told(-1 if found is None else folders.step_of(found))
+            device = resolve_device(config.device)
+            model = adapt(begin_model(config, shape)).to(device)
+            layout = spread(model, mesh, config.parallel)
+            trainer = Trainer(config, model, source, tokenizer_from, validation, export=export, layout=layout)
             bill = cost(shape)
-            trainer.speed = Speed(config, step_flops(config, bill, trainer), _peak(config))
+            peak = _peak(config)
+            trainer.speed = Speed(
+                config, step_flops(config, bill, trainer), peak and peak * mesh.world, mesh.world
+            )
             torch.manual_seed(config.seed)
-            if found is not None:
-                trainer.resume(found)
+            if step >= 0:
+                trainer.resume(folders.folder_of(config.out, step))
                 show.say(f"going on from step {trainer.step}")
             for line in bill_lines(config, bill):
                 show.say(line)
             result = trainer.run(show)
         finally:
             show.close()
-        write_report(config, bill)
+        if mesh.first:
+            write_report(config, bill)
+    finally:
+        if lock is not None:
+            lock.__exit__(None, None, None)
     return result
+
+
+def _view(config: TrainConfig, show: View | None) -> View:
+    show = show or view(config.out.name, config.steps)
+    return TensorBoard(config.out, show) if config.tensorboard else show
+
+
+def _begin(config: TrainConfig, resume: bool, show: View) -> Path | None:
+    """The checkpoint to go on from, if there is to be one; the run's config is in its folder from here on."""
+    there = folders.steps(config.out)
+    if there and not resume:
+        raise RunError(
+            f"{config.out.resolve()}: holds a run of {there[-1]} steps; add --resume to go on, or take another folder"
+        )
+    found = checkpoint.latest(config.out, show.say)
+    if resume and found is None:
+        raise RunError(f"{config.out.resolve()}: nothing to resume; it has no whole checkpoint")
+    settle(config, resume)
+    return found
 
 
 def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -160,7 +190,7 @@ def settle(config: Settled, resume: bool, free: frozenset[str] = FREE) -> None:
     if resume and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         for key, old, new in _differences(before, tree):
-            if key not in free:
+            if key.partition(".")[0] not in free:
                 raise RunError(f"--resume: {key}={new!r}, but the run was started with {old!r}; keep it")
     write_whole(path, json.dumps(tree, indent=1) + "\n")
 

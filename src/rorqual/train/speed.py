@@ -14,9 +14,14 @@ class Speed:
     """A stopwatch of steps, from `begin` to `end`; evaluations and checkpoints between them count for `seconds` alone."""
 
     def __init__(
-        self, config: TrainConfig, flops_per_step: float = 0.0, peak_flops: float | None = None
+        self,
+        config: TrainConfig,
+        flops_per_step: float = 0.0,
+        peak_flops: float | None = None,
+        processes: int = 1,
     ) -> None:
         self.config, self.flops_per_step, self.peak_flops = config, flops_per_step, peak_flops
+        self.processes = processes  # whose work a step is; this one's time on the processor stands for each
         self.before = 0.0  # seconds of a run that was resumed
         self._start = self._mark = time.perf_counter()
         self._cpu = time.process_time()
@@ -43,7 +48,7 @@ class Speed:
         took = time.perf_counter() - self._mark
         self._step = _smooth(self._step, took)
         self.stepping += took
-        self.processor += time.process_time() - self._cpu
+        self.processor += (time.process_time() - self._cpu) * self.processes
 
     def figures(self, step: int) -> dict[str, Any]:
         """tokens_per_second, optimizer_share, eta_seconds, seconds, and mfu where the peak is known."""

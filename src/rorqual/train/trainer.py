@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,14 +13,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rorqual.checkpoint import hf
 from rorqual.device import resolve_device
 from rorqual.errors import CheckpointError, NumericsError
 from rorqual.model.moe import update_selection_bias
 from rorqual.model.transformer import Transformer
-from rorqual.train import checkpoint
+from rorqual.parallel.layout import Layout, Piece, local
+from rorqual.parallel.mesh import Mesh
+from rorqual.parallel.spread import fold, gradient_norm, sum_gradients
+from rorqual.train import checkpoint, folders
 from rorqual.train.batch import Lesson, Rows
 from rorqual.train.config import TrainConfig, due
-from rorqual.train.metrics import Log, View
+from rorqual.train.metrics import Log, NoLog, View
 from rorqual.train.objective import autocast, objective
 from rorqual.train.optim import Optimizer, clip_
 from rorqual.train.schedule import rate
@@ -71,7 +75,8 @@ class Trainer:
     """One run over one model.
 
     `validate(model, step)` returns further figures every `eval_every` and `sample_every` steps and at the end.
-    `export` makes the model that is saved from the one that is trained, where they differ (adapters).
+    `export` makes the model that is saved from the one that is trained, where they differ (adapters). `layout` says
+    which parts of the model are other processes'.
     """
 
     def __init__(
@@ -83,28 +88,34 @@ class Trainer:
         validate: Validate | None = None,
         speed: Speed | None = None,
         export: Export = lambda model: model,
+        layout: Layout | None = None,
     ) -> None:
         self.config, self.source = config, source
         self.device = resolve_device(config.device)
         self.model = model.to(self.device)
+        self.layout = layout or Layout(Mesh())
+        self.mesh = self.layout.mesh
         self.tokenizer_from, self.validate, self.export = tokenizer_from, validate, export
         self.params = [p for p in model.parameters() if p.requires_grad]
         products = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        self.optimizer = Optimizer(model.named_parameters(), config.optim, products)
+        self.optimizer = Optimizer(model.named_parameters(), config.optim, products, layout)
         self.speed = speed or Speed(config)
         self.step = self.skipped = 0
         self._forward: Any = torch.compile(model) if config.compile else model
 
     def resume(self, folder: Path) -> None:
         """Take weights, moments, position, counters and random state of a checkpoint."""
-        weights, saved = checkpoint.restore(folder, self.model.config)
+        weights, saved = checkpoint.restore(folder, self.model.config, self._boxes())
         tensors = dict(saved.tensors)
         adapters = {n: tensors.pop(f"adapter.{n}") for n, _ in self._adapters()}
         if adapters:
             # The saved weights have them merged: only the buffers (selection biases) are the run's own.
             buffers = dict(self.model.named_buffers())
             weights = adapters | {n: t for n, t in weights.items() if n in buffers}
-        self.model.load_state_dict(weights, strict=not adapters)
+        if self.mesh.world == 1:
+            self.model.load_state_dict(weights, strict=not adapters)
+        else:
+            self._load_parts(weights)
         self.optimizer.load_state_dict(tensors)
         self.source.load_state_dict(saved.state["loader"])
         self.step, self.skipped = saved.step, int(saved.state["skipped"])
@@ -121,6 +132,11 @@ class Trainer:
             "loader": self.source.state_dict(),
         }
         saved = checkpoint.Saved(self.step, tensors, state)
+        if self.mesh.world > 1:
+            c = self.config
+            return checkpoint.save_parts(
+                c.out, self.model.config, saved, self._parts(tensors), self.tokenizer_from, c.keep, self.mesh
+            )
         return checkpoint.save(
             self.config.out, self.export(self.model), saved, self.tokenizer_from, self.config.keep
         )
@@ -131,12 +147,14 @@ class Trainer:
         Raises NumericsError where losses are non-finite three times in a row, and again after going back; CheckpointError
         where the last checkpoint cannot be written.
         """
-        checkpoint.clean(self.config.out, self.step)
+        first = self.mesh.first
+        self.mesh.together(lambda: checkpoint.clean(self.config.out, self.step), alone=True)
         end = self.config.stop_at or self.config.steps
         bad, went_back_to = 0, None
         self.model.train()
-        with Stop() as stop, Log(self.config.out, self.step) as log:
-            while self.step < end and not stop.asked():
+        with Stop() as stop, Log(self.config.out, self.step) if first else NoLog() as log:
+            asked = 0  # the signal that some process has got
+            while self.step < end and not (asked := self.mesh.most(stop.signal or 0)):
                 self.speed.begin()
                 update = self.one_step()
                 self.speed.end()
@@ -146,7 +164,7 @@ class Trainer:
                     log.rewind(self.step)
                     continue
                 line = self._line(update)
-                if not stop.asked() or self.step == end:
+                if not self.mesh.most(stop.signal or 0) or self.step == end:
                     line |= self._validate()
                 if self.step % self.config.log_every == 0 or self.step == end or "heldout_bpb" in line:
                     log.write(line)
@@ -154,7 +172,7 @@ class Trainer:
                 # Not amid bad steps: they may be why the run goes back.
                 if due(self.config.save_every, self.step) and self.step < end and not bad:
                     self._save_or_say(view)
-        return Result(self.step, self.save(), stop.signal if self.step < end else None)
+        return Result(self.step, self.save(), signal.Signals(asked) if asked and self.step < end else None)
 
     def one_step(self) -> Update:
         """Draw the step's rows, take their gradients and update, or skip what is not finite."""
@@ -174,15 +192,16 @@ class Trainer:
 
     def gradients(self, lessons: list[Lesson]) -> Update:
         """Gradients of the mean loss over all targets of the lessons, clipped, in the parameters' `.grad`."""
-        c = self.config
-        update = Update(targets=sum(float(x.weights.sum()) for x in lessons), loads={})
+        c, data = self.config, self.mesh.data
+        targets = torch.tensor(sum(float(x.weights.sum()) for x in lessons), dtype=torch.float64)
+        update = Update(targets=float(data.sum_(targets.to(self.device))), loads={})
         for lesson in lessons:
             with autocast(self.device, c.dtype):
                 loss, routing = objective(
                     self.model,
                     lesson.to(self.device),
                     max(update.targets, 1.0),
-                    1 / len(lessons),
+                    1 / (len(lessons) * data.size),
                     c.mtp_weight,
                     c.recompute,
                     self._forward,
@@ -194,8 +213,22 @@ class Trainer:
             for layer, load in (routing.load if routing is not None else {}).items():
                 assert update.loads is not None
                 update.loads[layer] = update.loads.get(layer, 0) + load
-        update.norm = clip_(self.params, c.optim.clip)
+        if self.mesh.world > 1:
+            self._add_up(update)
+        update.norm = clip_(self.params, c.optim.clip, self._norm())
         return update
+
+    def _add_up(self, update: Update) -> None:
+        """Other processes' gradients and figures to ours."""
+        sum_gradients(self.model, self.layout)
+        figures = torch.tensor([update.loss, update.balance, update.mtp], dtype=torch.float64)
+        summed = self.mesh.data.sum_(figures.to(self.device))
+        update.loss, update.balance, update.mtp = summed.tolist()
+        update.loads = {layer: self.mesh.data.sum_(load) for layer, load in (update.loads or {}).items()}
+
+    def _norm(self) -> float | None:
+        """Of all processes' gradients; None: they are all here."""
+        return None if self.mesh.world == 1 else float(gradient_norm(self.model, self.layout))
 
     def _balance(self, loads: dict[int, Tensor]) -> None:
         """Loss-free balancing, once a step, with the counts of the whole step (pytorch/torchtitan#1304)."""
@@ -224,7 +257,11 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         c, step = self.config, self.step
         asked = due(c.eval_every, step) or due(c.sample_every, step) or step == c.steps
-        return self.validate(self.model, step) if asked and self.validate is not None else {}
+        if not asked or self.validate is None:
+            return {}
+        figures = self.validate(self.model, step)
+        fold(self.model)
+        return figures
 
     def _save_or_say(self, view: View) -> None:
         try:
@@ -234,7 +271,9 @@ class Trainer:
 
     def _go_back(self, before: Path | None, view: View) -> Path:
         """To the last checkpoint, but not to the data after it: what broke the steps is passed over."""
-        folder = checkpoint.latest(self.config.out, view.say)
+        found = self.mesh.together(lambda: checkpoint.latest(self.config.out, view.say), alone=True)
+        step = self.mesh.told(-1 if found is None else folders.step_of(found))
+        folder = None if step < 0 else folders.folder_of(self.config.out, step)
         if folder is None or folder == before:
             raise NumericsError(
                 f"step {self.step}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row"
@@ -251,6 +290,47 @@ class Trainer:
             "the data in between"
         )
         return folder
+
+    def _boxes(self) -> dict[str, Piece]:
+        """The parts of parameters and moments that are ours, by name."""
+        if self.mesh.world == 1:
+            return {}
+        boxes = {
+            n: self.layout.of(n, tuple(p.shape)).piece(self.mesh) for n, p in self.model.named_parameters()
+        }
+        return boxes | self.optimizer.pieces()
+
+    def _load_parts(self, weights: dict[str, Tensor]) -> None:
+        """Raises KeyError where the checkpoint lacks one: it has been compared with the config."""
+        own = {**dict(self.model.named_parameters()), **self._buffers()}
+        with torch.no_grad():
+            for name, t in own.items():
+                local(t).copy_(weights[name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Those that are saved: the experts' selection biases."""
+        names = self.model.state_dict(keep_vars=True)
+        return {n: b for n, b in self.model.named_buffers() if n in names}
+
+    def _parts(self, moments: Mapping[str, Tensor]) -> checkpoint.Parts:
+        """What this process writes: of what several hold, the first one writes it."""
+        boxes, tensors, where = self._boxes(), {}, {}
+        for name, p in self.model.named_parameters():
+            if self.layout.of(name, tuple(p.shape)).owned(self.mesh):
+                tensors[f"{hf.MODEL}.{name}"], where[f"{hf.MODEL}.{name}"] = local(p).detach(), boxes[name]
+        for name, t in moments.items():
+            parameter = name.rpartition(".")[0]
+            held = self.layout.of(parameter, tuple(t.shape))
+            whole = name not in boxes or boxes[name].size == boxes[name].shape
+            if self.mesh.first if whole else held.owned(self.mesh):
+                tensors[f"state.{name}"] = t
+                where[f"state.{name}"] = boxes.get(name) or Piece.whole(tuple(t.shape))
+        if self.mesh.first:
+            rest = {f"{hf.MODEL}.{n}": b for n, b in self._buffers().items()}
+            rest["state.torch_rng"] = torch.get_rng_state()
+            tensors |= rest
+            where |= {n: Piece.whole(tuple(t.shape)) for n, t in rest.items()}
+        return checkpoint.Parts(tensors, where)
 
     def _adapters(self) -> list[tuple[str, Tensor]]:
         """What is trained where the rest is frozen; nothing where all is trained."""
