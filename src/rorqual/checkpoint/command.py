@@ -48,6 +48,9 @@ class ConvertOptions:
     to: Literal["hf"] = "hf"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored
     drop_mtp: bool = False  # leave the multi-token-prediction modules out
+    ray_serve: Path | None = None  # also write what `serve run` (Ray Serve with vLLM) wants, to this file
+    replicas: int = 1  # with ray_serve: copies of the model at most
+    tensor_parallel: int = 1  # with ray_serve: devices that share a copy
 
 
 def pull(argv: Sequence[str]) -> int:
@@ -89,9 +92,15 @@ def inspect(argv: Sequence[str]) -> int:
 def convert(argv: Sequence[str]) -> int:
     options = tyro.cli(ConvertOptions, args=list(argv), prog="rorqual convert")
     from rorqual.checkpoint.convert import convert as write
+    from rorqual.checkpoint.serving import write_ray_serve
 
+    if options.ray_serve is None and (options.replicas, options.tensor_parallel) != (1, 1):
+        raise ConfigError("--replicas, --tensor-parallel: are for --ray-serve")
     config = write(options.source, options.out, options.dtype, options.drop_mtp)
     print(f"{options.out}: {config.architecture}, {options.dtype}")
+    if options.ray_serve is not None:
+        write_ray_serve(options.ray_serve, options.out, config, options.replicas, options.tensor_parallel)
+        print(f"serve it on a Ray cluster: serve run {options.ray_serve}")
     return 0
 
 

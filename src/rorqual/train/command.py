@@ -38,7 +38,10 @@ class TrainOptions:
     init_from: Path | None = None  # a model folder to go on from
     extend_context: int | None = None  # with init_from: stretch its positions by YaRN
     resume: bool = False  # go on from the last checkpoint, with the run's own config
-    nproc: int = 1  # processes of this machine that share the run; parallel.* says how
+    nproc: int = 1  # processes that share the run; parallel.* says how
+    launcher: Literal["local", "ray"] = (
+        "local"  # where they run: this machine, or a Ray cluster (RAY_ADDRESS)
+    )
     show: bool = False  # print the config and what it costs, and leave
 
     def all_overrides(self) -> list[str]:
@@ -118,6 +121,12 @@ def train(argv: Sequence[str]) -> int:
     from rorqual.train.launch import launch
 
     rank, world = world_of()
+    if options.launcher == "ray" and world == 1:
+        from rorqual.train.ray_workers import launch as launch_on_ray
+
+        step = launch_on_ray(config, options.nproc, options.resume)
+        print(ending(config.out, folders.folder_of(config.out, step), step, config.steps))
+        return 0
     if options.nproc > 1 and world == 1:
         return launch(options.nproc, argv, config.out)
     from rorqual.parallel.mesh import leave, lost_the_others
