@@ -8,13 +8,14 @@ from typing import Any
 
 from rorqual.config import from_dict, to_dict
 from rorqual.errors import RunError
+from rorqual.train import folders
 from rorqual.train.config import TrainConfig
 from rorqual.train.launch import ATTEMPTS
 
 
 def launch(config: TrainConfig, processes: int, resume: bool, address: str | None = None) -> int:
-    """Train in so many workers; returns the step reached. A worker that dies takes the others with it, and all go on
-    from the last checkpoint. Raises RunError where Ray is not there or the workers fail for good."""
+    """Train in so many workers; returns the last checkpoint's step. A worker that dies takes the others with it, and all
+    go on from there. Raises RunError where Ray is not there or the workers fail for good."""
     try:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -36,10 +37,10 @@ def launch(config: TrainConfig, processes: int, resume: bool, address: str | Non
         ),
     )
     try:
-        result = trainer.fit()
+        trainer.fit()
     except Exception as e:  # Ray wraps what its workers raised in classes of its own
         raise RunError(f"{config.out.resolve()}: Ray's workers failed: {str(e).splitlines()[0]}") from e
-    return int(result.metrics["step"])
+    return folders.steps(config.out)[-1]
 
 
 def work(given: dict[str, Any]) -> None:
@@ -47,7 +48,6 @@ def work(given: dict[str, Any]) -> None:
     import ray.train
     import torch
 
-    from rorqual.train import folders
     from rorqual.train.run import train
     from rorqual.train.view import Lines
 
@@ -59,5 +59,4 @@ def work(given: dict[str, Any]) -> None:
         "LOCAL_RANK": str(context.get_local_rank()),
     }
     config = from_dict(TrainConfig, given["config"])
-    result = train(config, given["resume"] or bool(folders.steps(config.out)), show=Lines())
-    ray.train.report({"step": result.step})
+    train(config, given["resume"] or bool(folders.steps(config.out)), show=Lines())
