@@ -53,7 +53,7 @@ def compare(argv: Sequence[str]) -> int:
 
     from rorqual.compare.pool import Pool, Stopped
     from rorqual.compare.pools import built_pool
-    from rorqual.compare.report import summary, write
+    from rorqual.compare.report import log, summary, write
     from rorqual.compare.study import Pools, Study
     from rorqual.train.stop import exit_code
 
@@ -72,6 +72,7 @@ def compare(argv: Sequence[str]) -> int:
         return exit_code(e.signal)
     found.seconds = pool.seconds
     write(found, options.out)
+    log(found, options.out)
     print("\n".join(summary(found)))
     print(f"report: {options.out / 'report.html'}")
     return 0

@@ -16,6 +16,7 @@ from rorqual.compare.job import Result
 from rorqual.compare.study import Match, Point
 from rorqual.config import to_dict
 from rorqual.device import machine
+from rorqual.train.metrics import Log
 from rorqual.train.plot import Curve, chart
 from rorqual.train.report import STYLE
 
@@ -117,6 +118,16 @@ def write(found: Findings, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "compare.json", json.dumps(found.tree(), indent=1) + "\n")
     write_whole(out / "report.html", page(found))
+
+
+def log(found: Findings, out: Path) -> None:
+    """A line of metrics.jsonl for each number of baseline steps, by which a lab ranks comparisons: how many times fewer
+    FLOPs the recipe needs (0: it does not pass) and the best of its losses that every seed reaches."""
+    for match in list(found.matches.values())[:1]:
+        factor = match.factors.get("FLOPs", 0.0)
+        best = min(max(p.losses) for p in match.runs)
+        with Log(out, found.budget.steps - 1) as lines:
+            lines.write({"step": found.budget.steps, "flops_factor": factor, "best_loss": best})
 
 
 def page(found: Findings) -> str:

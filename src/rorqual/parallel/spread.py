@@ -103,7 +103,8 @@ def gradient_norm(model: nn.Module, found: Layout) -> Tensor:
     square = torch.zeros((), dtype=torch.float64)
     for name, p in model.named_parameters():
         if p.grad is not None:
-            square += local(p.grad).double().square().sum().cpu() / found.of(name).holders(found.mesh)
+            norm = torch.linalg.vector_norm(local(p.grad), dtype=torch.float64).cpu()
+            square += norm.square() / found.of(name).holders(found.mesh)
     return found.team("world").sum_(square).sqrt()
 
 

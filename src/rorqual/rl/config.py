@@ -162,7 +162,10 @@ class RLConfig:
     pass_k: int = (
         16  # at both ends, pass@1 and pass@k of a quarter of them at the sampling temperature; 0: not
     )
-    stop_at: float | None = None  # leave once the interval of held-out accuracy begins above this
+    enough: float | None = None  # end once the interval of held-out accuracy begins above this
+    stop_at: int | None = (
+        None  # leave at this step (the cold start's count) with a checkpoint; rates stay those of all
+    )
     save_every: int = 25
     keep: int = 2  # checkpoints
     seed: int = 0
@@ -186,8 +189,10 @@ class RLConfig:
             raise ConfigError("cold_start.steps=0: a new model needs a cold start, or name a model")
         if self.updates > self.sampling.prompts:
             raise ConfigError(f"updates={self.updates}: more than sampling.prompts={self.sampling.prompts}")
-        if self.stop_at is not None and not 0 < self.stop_at < 1:
-            raise ConfigError(f"stop_at={self.stop_at}: must be a share between 0 and 1")
+        if self.enough is not None and not 0 < self.enough < 1:
+            raise ConfigError(f"enough={self.enough}: must be a share between 0 and 1")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise ConfigError(f"stop_at={self.stop_at}: must be 1 or more")
 
     @property
     def context(self) -> int:

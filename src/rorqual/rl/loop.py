@@ -100,24 +100,34 @@ class Loop:
                 line: dict[str, Any] = {"step": 0, "phase": "before", "seconds": 0.0} | self._judged(True)
                 log.write(line)
                 view.update(line)
-            while not stop.asked() and not reached and (self.last is None or self.step < self.last):
+            while not stop.asked() and not reached and not self._over(c.stop_at):
                 begin = time.perf_counter()
                 line = self._teach() if self.taught is None else self._reinforce(view)
                 self.seconds += time.perf_counter() - begin
+                if self.step == c.stop_at and "accuracy" not in line:
+                    self.sampler.refresh()
+                    line |= self._judged(False)
                 line |= {"seconds": self.seconds}
                 log.write(line)
                 view.update(line)
-                reached = c.stop_at is not None and line.get("accuracy_low", 0.0) > c.stop_at
+                reached = c.enough is not None and line.get("accuracy_low", 0.0) > c.enough
                 reached = reached and self.taught is not None
                 if due(c.save_every, self.step) and not reached:
                     self.save()
-            done = reached or (self.last is not None and self.step >= self.last)
+            done = reached or self._over(None)
             if done:
                 log.write(
                     line := {"step": self.step, "phase": "end", "seconds": self.seconds} | self._judged(True)
                 )
                 view.update(line)
-        return Result(self.step, self.save(), None if done else stop.signal)
+        over = done or self._over(c.stop_at)
+        return Result(self.step, self.save(), None if over else stop.signal)
+
+    def _over(self, stop_at: int | None) -> bool:
+        """Whether the last step is done, or the one to leave at."""
+        return (self.last is not None and self.step >= self.last) or (
+            stop_at is not None and self.step >= stop_at
+        )
 
     # The cold start
 

@@ -27,7 +27,7 @@ from rorqual.train.run import HEAD_SCALE, settle
 from rorqual.train.trainer import Result
 
 # What may change when a run is resumed: it does not touch the weights.
-FREE = frozenset({"out", "save_every", "keep", "eval_every", "pass_k", "stop_at"})
+FREE = frozenset({"out", "save_every", "keep", "eval_every", "pass_k", "enough", "stop_at"})
 
 
 def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) -> Result:
