@@ -104,7 +104,7 @@ def idea(name: str, settings: dict[str, Any], data: Path, folder: Path) -> Idea:
     for key, value in BASE.items():
         put(tree, key, value)
     config.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    return Idea(config=str(config), data=(data,), settings=settings, name=name, study=STUDY)
+    return Idea(config=str(config), data=(data,), settings=settings, name=name, who="bench", study=STUDY)
 
 
 def record(store: Store) -> None:
