@@ -356,3 +356,17 @@ def test_row_63_cost_on_demand(start):
         "amount": "0.00002",
         "currency": "USD",
     }
+
+
+def test_a_chunk_of_text_is_written_as_any_other_chunk() -> None:
+    """The short way for plain text gives the very bytes of the general one."""
+    from types import SimpleNamespace
+
+    from rorqual.server.chat import _Writer
+    from rorqual.server.events import Text
+
+    request = SimpleNamespace(model='a "model"', logprobs=None)
+    service = SimpleNamespace(settings=SimpleNamespace(reasoning_alias=False))
+    writer = _Writer(request, SimpleNamespace(), SimpleNamespace(id="x", service=service))  # type: ignore[arg-type]
+    for text in ("", "plain", 'quotes " and \\ and \n', "é 漢 🏖"):
+        assert writer._event(3, Text(text), False) == writer._chunk(3, {"content": text})

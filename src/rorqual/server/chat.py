@@ -18,7 +18,7 @@ from rorqual.server.faults import invalid
 from rorqual.server.models import Served
 from rorqual.server.prompt import Prompt, check_messages, render, specs
 from rorqual.server.protocol import MAX_TOOLS, ChatRequest, NamedTool, decode
-from rorqual.server.reply import Generated, Reply, data_frame, openai_error_frame
+from rorqual.server.reply import Generated, Reply, data_frame, encode, openai_error_frame
 from rorqual.server.sampling import UNLIMITED, sampling_params
 from rorqual.server.structure import Structure, check_tools, mask_maker, response_grammar
 from rorqual.server.tools import ToolSpec
@@ -167,6 +167,10 @@ class _Writer:
         self.created = int(time.time())
         self.model = self.request.model
         self.reasoning_alias = self.caller.service.settings.reasoning_alias
+        # What every chunk of text begins and ends with: a stream of 32 is as many chunks each step of the engine.
+        head = encode(self._head("chat.completion.chunk"))
+        self._before = b"data: " + head[:-1] + b',"choices":[{"index":'
+        self._after = b'},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
 
     # Whole
 
@@ -204,6 +208,9 @@ class _Writer:
         if isinstance(event, Finish):
             return self._chunk(index, {}, finish=event.reason, usage=usage)
         if isinstance(event, Text):
+            if usage is None and not self.request.logprobs:
+                start = b'%b%d,"delta":{"content":' % (self._before, index)
+                return start + encode(event.text) + self._after
             return self._chunk(
                 index, {"content": event.text}, logprobs=self._logprobs("content", event), usage=usage
             )
