@@ -3,7 +3,8 @@
     python bench/api_load.py MODEL --guidellm VENV/bin/guidellm [--streams 8 --requests 64 --tokens 64]
 
 Both keep `streams` requests in flight over the same prompts, in turns (ours, guidellm's, ours), so that neither has
-the better machine. Goal: they agree within 5%.
+the better machine. Once with a scripted engine that paces its tokens, where only the two programs' measuring differs, and
+once with the model, whose two cores are also theirs. Goal: they agree within 5%.
 """
 
 from __future__ import annotations
@@ -118,14 +119,23 @@ def theirs(url: str, key: str, options: Options, turn: int, scratch: Path) -> Fi
     )
 
 
-def main() -> None:
-    """Measure in turns and write bench/records/api_load.json."""
-    options = tyro.cli(Options)
+PACED = {
+    "max_model_len": 4096,
+    "answers": [
+        {"text": "the sea is wide and deep ", "endless": True, "first_delay_s": 0.25, "delay_s": 0.03}
+    ],
+}
+
+
+def compare(options: Options, paced: bool) -> list[Row]:
+    """Both programs on one server, in turns."""
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         scratch = Path(folder)
         ledger, port = scratch / "ledger.db", free_port()
         key, url = make_key(ledger), f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "rorqual.cli", "serve", str(options.model), "--name", "m"]
+        (scratch / "paced.json").write_text(json.dumps(PACED), encoding="utf-8")
+        what_ = ["--scripted", str(scratch / "paced.json")] if paced else [str(options.model)]
+        command = [sys.executable, "-m", "rorqual.cli", "serve", *what_, "--name", "m"]
         serve = [*command, "--port", str(port), "--ledger", str(ledger)]
         stack.enter_context(running(serve, url, scratch / "log.txt"))
         asyncio.run(own(url, key, options, 0))  # warm
@@ -139,16 +149,22 @@ def main() -> None:
             )
             print("ours" if mine else "guidellm", found, flush=True)
             turns.append(found)
-    rows = []
+    rows, engine = [], "paced engine" if paced else "real engine"
     for what, unit in (("first", "ms"), ("between", "ms"), ("speed", "tokens/s")):
         name = {"first": "time to first token", "between": "time between tokens", "speed": "tokens/s"}[what]
         mine, other = (statistics.mean(getattr(t, what) for t in turns[k::2]) for k in (0, 1))
         agree = min(mine, other) / max(mine, other)
         rows.append(
-            Row(f"load test, {name} at {options.streams} streams, ours beside guidellm's", mine, other, "guidellm",
-                agree, 0.95, unit)
+            Row(f"load test, {name} at {options.streams} streams, {engine}, ours beside guidellm's", mine, other,
+                "guidellm", agree, 0.95, unit)
         )  # fmt: skip
-    print(write_record("api_load", rows))
+    return rows
+
+
+def main() -> None:
+    """Measure and write bench/records/api_load.json."""
+    options = tyro.cli(Options)
+    print(write_record("api_load", compare(options, True) + compare(options, False)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,9 @@ import torch
 
 from rorqual.checkpoint import hf
 from rorqual.checkpoint.convert import convert
+from rorqual.checkpoint.inspect import inspect
 from rorqual.checkpoint.pieces import Pieces
+from rorqual.checkpoint.tensors import TensorFile
 from rorqual.errors import CheckpointError
 from rorqual.train import checkpoint
 
@@ -94,6 +96,32 @@ def test_it_is_a_model_folder(team: Run, tmp_path: Path) -> None:
     assert "model.safetensors" in names
     ours, theirs = hf.load_model(Path(folder)), hf.load_model(tmp_path / "exported")
     assert_same(ours.state_dict(), theirs.state_dict())
+
+
+def test_a_model_of_another_shape_is_refused(team: Run, tmp_path: Path) -> None:
+    """Missing, unexpected and mis-shaped tensors, all at once; `rorqual inspect` says the same."""
+    run = {"shape": SHAPE, "parallel": {"shard": True}}
+    (folder, *_) = team(2, "begin_and_save", out=str(tmp_path / "run"), steps=1, **run)
+    assert inspect(Path(folder)).problems == []
+    assert inspect(Path(folder)).facts["files"] == 2
+    tree = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps(tree | {"n_shared_experts": 0, "vocab_size": 128}))
+    with pytest.raises(
+        CheckpointError, match=r"unexpected: .*shared_experts.*embed_tokens.weight is \(64, 32\)"
+    ):
+        hf.load_model(Path(folder))
+    assert "unexpected" in inspect(Path(folder)).problems[0]
+
+
+def test_values_that_are_not_finite_are_refused(team: Run, tmp_path: Path) -> None:
+    run = {"shape": SHAPE, "parallel": {"shard": True}}
+    (folder, *_) = team(2, "begin_and_save", out=str(tmp_path / "run"), steps=1, **run)
+    path = next((Path(folder) / "pieces").iterdir())
+    file = TensorFile(path)
+    at = file.entries["model.norm.weight"].start
+    path.write_bytes(path.read_bytes()[:at] + b"\x00\x00\xc0\x7f" + path.read_bytes()[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"norm\.weight has values that are NaN"):
+        hf.load_model(Path(folder))
 
 
 def test_a_part_that_is_missing_is_named(team: Run, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def load_model(
     names; CapacityError before any is read where memory does not suffice.
     """
     if (folder / PIECES).is_dir():
-        return _from_pieces(folder, config or load_config(folder), dtype or torch.float32)
+        return _from_pieces(folder, config or load_config(folder), dtype or torch.float32, check_finite)
     weights = Weights(folder)
     config = config or load_config(folder)
     config = _without_absent_mtp(config, weights)
@@ -168,9 +168,25 @@ def load_model(
     return model.eval()
 
 
-def _from_pieces(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Transformer:
+def check_pieces(config: ModelConfig, pieces: Pieces) -> None:
+    """`check` for a checkpoint that many processes wrote in parts."""
+    with torch.device("meta"):
+        own = Transformer(config).state_dict()
+    own = {n: t for n, t in own.items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
+    there = {n.removeprefix(f"{MODEL}."): n for n in pieces.parts if n.startswith(f"{MODEL}.")}
+    wrong = [f"missing: {_some(missing)}"] if (missing := sorted(set(own) - set(there))) else []
+    wrong += [f"unexpected: {_some(more)}"] if (more := sorted(set(there) - set(own))) else []
+    for name in sorted(set(own) & set(there)):
+        if tuple(own[name].shape) != pieces.shape(there[name]):
+            wrong.append(f"{name} is {pieces.shape(there[name])}, the config wants {tuple(own[name].shape)}")
+    if wrong:
+        raise CheckpointError(f"{pieces.folder.resolve()}: {'; '.join(wrong)}")
+
+
+def _from_pieces(folder: Path, config: ModelConfig, dtype: torch.dtype, check_finite: bool) -> Transformer:
     """The model of a checkpoint that many processes wrote in parts."""
     pieces = Pieces(folder / PIECES)
+    check_pieces(config, pieces)
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     own = model.state_dict(keep_vars=True)
@@ -183,6 +199,10 @@ def _from_pieces(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Trans
         if config.tie_word_embeddings and name == "lm_head.weight":
             continue  # the embedding's
         t.copy_(pieces.read(f"{MODEL}.{name}"))
+        if check_finite and not t.isfinite().all():
+            raise CheckpointError(
+                f"{pieces.folder.resolve()}: tensor {name} has values that are NaN or infinite; the checkpoint is damaged"
+            )
     return model.eval()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rorqual.checkpoint import gguf, hf
 from rorqual.checkpoint.loaded import check_vocabulary, locate
+from rorqual.checkpoint.pieces import Pieces
 from rorqual.device import available_memory, format_bytes
 from rorqual.errors import RorqualError
 from rorqual.model.config import ModelConfig
@@ -83,11 +84,21 @@ def _inspect_folder(folder: Path, report: Report) -> None:
     with _noting(report):
         config = hf.load_config(folder)
         _describe(config, report)
-    if any(folder.glob("*.safetensors")) or (folder / hf.INDEX).exists():
+    if (folder / hf.PIECES).is_dir():
+        report.kind = "checkpoint in parts"
+        with _noting(report):
+            pieces = Pieces(folder / hf.PIECES)
+            parts = [p for parts in pieces.parts.values() for p in parts]
+            entries = [p.file.entries[p.name] for p in parts]
+            report.tensors = _count((str(e.dtype).removeprefix("torch."), e.size) for e in entries)
+            report.facts["files"] = len({p.file.path for p in parts})
+            if config is not None:
+                hf.check_pieces(config, pieces)
+    elif any(folder.glob("*.safetensors")) or (folder / hf.INDEX).exists():
         with _noting(report):
             weights = hf.Weights(folder)
-            entries = (f.entries[n] for n, f in weights.where.items())
-            report.tensors = _count((str(e.dtype).removeprefix("torch."), e.size) for e in entries)
+            whole = (f.entries[n] for n, f in weights.where.items())
+            report.tensors = _count((str(e.dtype).removeprefix("torch."), e.size) for e in whole)
             report.facts["files"] = len(weights.files)
             if config is not None:
                 hf.check(config, weights)
