@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rorqual.train import folders
+from rorqual.errors import RunError
+from rorqual.train import folders, launch
 from rorqual.train.metrics import read
 
 SETTINGS = [
@@ -109,6 +110,26 @@ def test_a_slip_is_said_once_and_not_tried_again(token_set: Path, tmp_path: Path
     assert process.returncode == 2
     assert error.count("batch_size=4: must be a multiple of 3") == 1
     assert "go on" not in error
+
+
+def test_processes_that_always_die_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three starts without a new checkpoint; the end of what the dead one said is in the message."""
+    starts = []
+
+    def start_one(team: launch._Team, rank: int, port: int) -> subprocess.Popen[bytes]:
+        starts.append(rank)
+        (tmp_path / "workers").mkdir(exist_ok=True)
+        (tmp_path / "workers/rank-1.log").write_text("out of luck")
+        return subprocess.Popen(
+            [sys.executable, "-c", f"import sys, time; time.sleep({1 - rank}); sys.exit(3 * {rank})"]
+        )
+
+    monkeypatch.setattr(launch._Team, "_start", start_one)
+    with pytest.raises(
+        RunError, match=r"process 1 left with code 3, 3 times without a new checkpoint(.|\n)*out of luck"
+    ):
+        launch.launch(2, [], tmp_path)
+    assert starts == [0, 1] * 3
 
 
 def test_it_runs_under_torchrun(token_set: Path, tmp_path: Path) -> None:

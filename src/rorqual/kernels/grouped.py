@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rorqual.kernels.triton import has_triton
+
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """The definition: a loop over experts."""
@@ -20,13 +22,18 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """torch._grouped_mm where its strides allow it (rows of 16 bytes), else the loop.
+    """torch._grouped_mm where its strides allow it (rows of 16 bytes), else the loop; in Triton on CUDA, without
+    gradients.
 
     Under autocast the operands are cast here, as autocast does not know the op.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
+    if x.is_cuda and x.dtype == weight.dtype and not torch.is_grad_enabled() and has_triton():
+        from rorqual.kernels.triton_grouped import grouped_linear_triton
+
+        return grouped_linear_triton(x, weight, ends)
     if x.shape[0] and _aligned(x) and _aligned(weight) and weight.shape[1] * weight.element_size() % 16 == 0:
         with torch.autocast(x.device.type, enabled=False):
             out: Tensor = torch._grouped_mm(x, weight.mT, offs=ends)

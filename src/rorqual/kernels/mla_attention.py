@@ -14,6 +14,7 @@ from torch import Tensor
 from rorqual.kernels.attention import attention_reference
 from rorqual.kernels.native import TYPES, native
 from rorqual.kernels.paged import PagedRows, cached_values
+from rorqual.kernels.triton import has_triton
 
 
 def mla_attention_reference(q: Tensor, cache: Tensor, rows: PagedRows, rank: int, scale: float) -> Tensor:
@@ -27,7 +28,11 @@ def mla_attention_reference(q: Tensor, cache: Tensor, rows: PagedRows, rank: int
 
 
 def mla_attention(q: Tensor, cache: Tensor, rows: PagedRows, rank: int, scale: float) -> Tensor:
-    """Natively where the library is there and knows the cache's type."""
+    """Natively where the library is there and knows the cache's type; in Triton on CUDA."""
+    if q.is_cuda and cache.dtype != torch.uint8 and has_triton():
+        from rorqual.kernels.triton_mla import mla_attention_triton
+
+        return mla_attention_triton(q, cache, rows, rank, scale)
     library = native()
     if library is None or cache.dtype not in TYPES or cache.device.type != "cpu" or not cache.is_contiguous():
         return mla_attention_reference(q, cache, rows, rank, scale)

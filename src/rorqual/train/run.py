@@ -60,7 +60,10 @@ def train(config: TrainConfig, resume: bool = False, show: View | None = None) -
         read_meta(folder)
     tokenizer = Tokenizer.load(config.data[0])
     shape = model_config(config, tokenizer)
-    config.parallel.check(world_of()[1], config.batch_size, shape)
+    _, world = world_of()
+    config.parallel.check(world, config.batch_size, shape)
+    if config.compile and world > 1:
+        raise ConfigError(f"compile=true: is for one process, and there are {world}; set it to false")
     validation = Validation(config, tokenizer, shape.vocab_size)
     mesh = start(config.parallel, resolve_device(config.device))
     loader = Loader(
