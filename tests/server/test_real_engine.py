@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
@@ -231,3 +232,24 @@ def test_no_request_leaves_a_block_behind(live):
     engine = live.service.models.find("tiny").bridge.engine
     assert not engine.has_work()
     engine.check()
+
+
+def test_models_take_turns_on_one_thread(live, folder, monkeypatch):
+    """Two threads that compute would each have OpenMP workers, more than there are cores; both models answer at once."""
+    second = load_served("second", folder, 64, EngineConfig(cache_tokens=8192), "float32")
+    live.service.models.add(second)
+    live.loop_call(second.bridge.start)
+    first, threads = live.service.models.find("tiny"), {}
+    for model in (first, second):
+        step = model.bridge.engine.step
+
+        def watched(name=model.name, step=step):
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return step()
+
+        monkeypatch.setattr(model.bridge.engine, "step", watched)
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, live, f"{i}", model=("tiny", "second")[i % 2], seed=i) for i in range(8)]
+        assert all(text(a.result()) is not None for a in asked)
+    assert threads["tiny"] == threads["second"]
+    assert len(threads["tiny"]) == 1

@@ -12,12 +12,15 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rorqual.engine.request import Delta, EngineCore, EngineStats, Request
 from rorqual.errors import RequestError
 from rorqual.server.faults import ApiError, from_request_error, overloaded
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 _BROKEN_AFTER = 3  # steps that raise, one after the other
 
@@ -75,11 +78,13 @@ class Ticket:
 
 
 class Bridge:
-    """An engine on its own thread. All methods are for the event loop that called `start`."""
+    """An engine on its own thread. All methods are for the event loop that called `start`. `compute`: where steps are
+    done instead, one thread for several engines."""
 
-    def __init__(self, engine: EngineCore, max_open: int = 1024) -> None:
+    def __init__(self, engine: EngineCore, max_open: int = 1024, compute: Executor | None = None) -> None:
         self.engine = engine
         self.max_open = max_open
+        self._compute = compute
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
         self._stopping = False
@@ -146,7 +151,7 @@ class Bridge:
 
         def call() -> None:
             try:
-                result = function()
+                result = self._do(function)
             except Exception as e:
                 self._tell(_set_exception, future, e)
             else:
@@ -168,9 +173,12 @@ class Bridge:
             self._wake.wait()
             self._wake.clear()
 
+    def _do(self, function: Callable[[], T]) -> T:
+        return function() if self._compute is None else self._compute.submit(function).result()
+
     def _step(self) -> None:
         try:
-            deltas = self.engine.step()
+            deltas = self._do(self.engine.step)
             self._failures = 0
         except Exception:
             self._failures += 1

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,9 +37,15 @@ def load_served(name: str, path: Path, max_open: int, config: EngineConfig, dtyp
         name,
         llm.tokenizer,
         llm.loaded.template,
-        Bridge(llm.engine, max_open),
+        Bridge(llm.engine, max_open, compute()),
         flops=getattr(llm, "flops", None),
     )
+
+
+@functools.cache
+def compute() -> Executor:
+    """The thread on which every model's steps are done, in turns: see `apart` for what a second one would cost."""
+    return ThreadPoolExecutor(1, "compute")
 
 
 def apart(work: Callable[[], T]) -> T:
