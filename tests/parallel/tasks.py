@@ -11,9 +11,9 @@ from rorqual.data.loader import Batch
 from rorqual.errors import CheckpointError
 from rorqual.model.transformer import Transformer
 from rorqual.parallel.config import Parallel
-from rorqual.parallel.layout import local
+from rorqual.parallel.layout import Layout, local
 from rorqual.parallel.mesh import Mesh, start
-from rorqual.parallel.spread import gathered, spread
+from rorqual.parallel.spread import joined, spread
 from rorqual.train import folders
 from rorqual.train.batch import Lesson
 from rorqual.train.config import TrainConfig
@@ -64,6 +64,11 @@ def trainer_of(config: TrainConfig, changes: dict[str, Any] | None = None) -> Tr
     model = Transformer(shape).init_weights(1)
     layout = spread(model, mesh, config.parallel)
     return Trainer(config, model, Fixed(mesh), Path(), layout=layout)
+
+
+def gathered(t: torch.Tensor, name: str, layout: Layout) -> torch.Tensor:
+    """The whole of a tensor that is placed as the parameter `name` is."""
+    return joined([local(t)], name, layout)[0] if layout.of(name).cuts else local(t)
 
 
 def learn(

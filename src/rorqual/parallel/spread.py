@@ -108,12 +108,6 @@ def gradient_norm(model: nn.Module, found: Layout) -> Tensor:
     return found.team("world").sum_(square).sqrt()
 
 
-def gathered(t: Tensor, name: str, found: Layout) -> Tensor:
-    """The whole of a parameter-like tensor of which every process has its part, by the placement of `name`."""
-    placement = found.of(name, tuple(t.shape))
-    return joined([local(t)], name, found)[0] if placement.cuts else local(t)
-
-
 def joined(parts: list[Tensor], name: str, found: Layout) -> Tensor:
     """Parts of n tensors that are placed as `name` is → all of them whole [n, *shape]."""
     mesh, placement = found.mesh, found.of(name)
