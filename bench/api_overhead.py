@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -41,6 +43,8 @@ class Options:
     """Tokens of each."""
     repeats: int = 5
     """Rounds; the median counts."""
+    lite: int = 0
+    """So many layers of DeepSeek-V2-Lite's sizes with random weights at 4 bits, and MODEL's tokenizer, instead."""
 
 
 def prompt(round_number: int, stream: int) -> str:
@@ -134,9 +138,40 @@ def body(text: str, tokens: int) -> dict[str, object]:
     }
 
 
+def lite(folder: Path, layers: int, tokenizer_from: Path) -> Path:
+    """A model of the size that this project is for: its steps take longer than those of 135M weights."""
+    import random_model
+
+    from rorqual.checkpoint.hf import TOKENIZER_FILES
+    from rorqual.model.published import published
+    from rorqual.text.tokenizer import Tokenizer
+
+    vocabulary = Tokenizer.load(tokenizer_from).vocab_size
+    config = dataclasses.replace(
+        published("deepseek-v2-lite"),
+        num_hidden_layers=layers,
+        vocab_size=vocabulary,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    random_model.write_quantised(config, folder, bits=4, head=4)
+    for name in TOKENIZER_FILES:
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, folder / name)
+    return folder
+
+
 def main() -> None:
-    """Measure in turns and write bench/records/api_overhead.json."""
+    """Measure in turns and write bench/records/api_overhead*.json."""
     options = tyro.cli(Options)
+    with tempfile.TemporaryDirectory() as made:
+        if options.lite:
+            model = lite(Path(made) / "lite", options.lite, options.model)
+            options = dataclasses.replace(options, model=model)
+        measure(options)
+
+
+def measure(options: Options) -> None:
     engine: list[tuple[float, float]] = []
     server: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
@@ -170,11 +205,12 @@ def main() -> None:
     speed = statistics.median(s[0] for s in server), statistics.median(e[0] for e in engine)
     first = statistics.median(s[1] - e[1] for s, e in zip(server, engine, strict=True))
     share = speed[0] / speed[1]
-    name = f"tokens/s through HTTP, {options.streams} streams"
+    model = f"V2-Lite's sizes, {options.lite} layers" if options.lite else "SmolLM2"
+    name = f"{model}: tokens/s through HTTP, {options.streams} streams"
     rows = [
         Row(name, speed[0], speed[1], "our engine alone", share, 0.97, "tokens/s"),
         Row(
-            "time to first token added by HTTP",
+            f"{model}: time to first token added by HTTP",
             first * 1e3,
             5.0,
             "bound",
@@ -183,7 +219,7 @@ def main() -> None:
             "ms",
         ),
     ]
-    print(write_record("api_overhead", rows))
+    print(write_record("api_overhead_lite" if options.lite else "api_overhead", rows))
 
 
 if __name__ == "__main__":
