@@ -157,6 +157,9 @@ def main() -> None:
             "m",
             "--port",
             str(port),
+            # Small enough to be touched as a whole while the server warms up: pages of a cache count when they are used.
+            "--engine.cache-tokens",
+            "16384",
         ]
         log = Path(scratch, "log.txt")
         with log.open("wb") as out:
