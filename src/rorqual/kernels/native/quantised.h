@@ -74,27 +74,36 @@ inline void pack_tile(const Weights& w, const uint8_t* const* rows, int count, u
     }
 }
 
-using Tile = void (*)(const uint8_t*, const uint16_t*, const uint16_t*, const uint8_t*, int, int, float*);
+using Tile = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, int, int, float*);
 
+// The tile of a kind for `count` rows: one block, or as many as are computed side by side.
 template <int KIND, int... T>
-constexpr Tile choose(int count, std::integer_sequence<int, T...>) {
-    constexpr Tile all[] = {tile<KIND, T + 1>...};
-    return all[count - 1];
+constexpr Tile choose(int count, bool wide, std::integer_sequence<int, T...>) {
+    constexpr Tile narrow[] = {tile<KIND, T + 1, 1>...}, all[] = {tile<KIND, T + 1, abreast(T + 1)>...};
+    return (wide ? all : narrow)[count - 1];
 }
 
-inline Tile tile_of(int64_t kind, int count) {
+inline Tile tile_of(int64_t kind, int count, bool wide) {
     constexpr auto heights = std::make_integer_sequence<int, ROWS>();
-    if (kind == INT4) return choose<INT4>(count, heights);
-    if (kind == INT4_MIN) return choose<INT4_MIN>(count, heights);
-    return choose<INT8>(count, heights);
+    if (kind == INT4) return choose<INT4>(count, wide, heights);
+    if (kind == INT4_MIN) return choose<INT4_MIN>(count, wide, heights);
+    return choose<INT8>(count, wide, heights);
 }
 
-// Block `block` of `w` against `count` rows packed as one tile → out [count][16].
-inline void block_product(const Weights& w, int64_t block, const uint8_t* x, int count, float* out) {
-    const uint8_t* data = w.data + block * block_bytes(w);
-    const uint16_t* scales = (const uint16_t*)(data + value_bytes(w));
-    const uint16_t* mins = (const uint16_t*)(data + value_bytes(w) + scale_bytes(w));
-    tile_of(w.kind, count)(data, scales, mins, x, (int)groups_of(w), (int)w.group, out);
+constexpr int MOST_SUMS = ROWS > 8 ? ROWS : 8;  // rows x blocks of one tile
+
+// Blocks [first, end) of `w` against `count` rows packed as one tile; `put(block, out [count][16])` takes each.
+template <typename Put>
+inline void block_products(const Weights& w, int64_t first, int64_t end, const uint8_t* x, int count, Put put) {
+    alignas(64) float out[MOST_SUMS * LANES];
+    const int64_t stride = block_bytes(w), scales_at = value_bytes(w), mins_at = scales_at + scale_bytes(w);
+    const int64_t wide = abreast(count);
+    for (int64_t b = first; b < end;) {
+        const int64_t blocks = end - b >= wide ? wide : 1;
+        tile_of(w.kind, count, blocks > 1)(w.data + b * stride, stride, scales_at, mins_at, x, (int)groups_of(w),
+                                           (int)w.group, out);
+        for (int64_t i = 0; i < blocks; i++, b++) put(b, out + i * count * LANES);
+    }
 }
 
 // Rows [first, first + count) of some order of rows, to be computed together.
@@ -156,14 +165,19 @@ void linear(const Weights& w, const void* x, int64_t x_type, int64_t x_stride, i
         const uint8_t* packed = n > 1 ? tiles : rows;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t c = 0; c < (total + chunk - 1) / chunk; c++) {
-            alignas(64) float out[ROWS * LANES];
             const int64_t end = least(total, (c + 1) * chunk);
             for (int64_t p = 0; p < pieces; p++)
-                for (int64_t b = c * chunk; b < end; b++) {
-                    const int64_t m = b / blocks, o = b % blocks * LANES;
-                    block_product(w, b, packed + (m * n + spans[p].first) * row, spans[p].count, out);
-                    for (int t = 0; t < spans[p].count; t++)
-                        put(out + t * LANES, y + ((spans[p].first + t) * matrices + m) * w.rows + o, w.rows - o);
+                for (int64_t b = c * chunk, m = b / blocks; b < end; m++) {
+                    const Span s = spans[p];
+                    const int64_t stop = least(end, (m + 1) * blocks);
+                    block_products(w, b, stop, packed + (m * n + s.first) * row, s.count,
+                                   [&](int64_t at, const float* out) {
+                                       const int64_t o = (at - m * blocks) * LANES;
+                                       for (int t = 0; t < s.count; t++)
+                                           put(out + t * LANES, y + ((s.first + t) * matrices + m) * w.rows + o,
+                                               w.rows - o);
+                                   });
+                    b = stop;
                 }
         }
     }
@@ -222,7 +236,7 @@ void experts(const Weights& up, const Weights& down, const void* x, int64_t x_ty
     if (pairs * hidden * inner * 3 < SMALL) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
-        alignas(64) float gate[ROWS * LANES], value[ROWS * LANES];
+        alignas(64) float gates[8 * ROWS * LANES];  // of a run
         const uint8_t* from[ROWS];
 #pragma omp for
         for (int64_t i = 0; i < n; i++) quantise_row(up, x, x_type, i * up.width, rows + i * row);
@@ -235,17 +249,21 @@ void experts(const Weights& up, const Weights& down, const void* x, int64_t x_ty
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < p.count * runs; task++) {
             const int64_t e = p.used[task / runs], first = task % runs * run;
-            for (int64_t s = p.spans_from[e]; s < p.spans_from[e + 1]; s++)
-                for (int64_t b = first; b < least(inner_blocks, first + run); b++) {
-                    const Span span = p.spans[s];
-                    const uint8_t* packed = tiles + span.first * row;
-                    block_product(up, e * 2 * inner_blocks + b, packed, span.count, gate);
-                    block_product(up, (e * 2 + 1) * inner_blocks + b, packed, span.count, value);
-                    for (int t = 0; t < span.count; t++) {
-                        const F v = mul(silu(load(gate + t * LANES)), load(value + t * LANES));
-                        store(h + (span.first + t) * padded + b * LANES, v);
-                    }
-                }
+            const int64_t blocks = least(inner_blocks - first, run);
+            for (int64_t s = p.spans_from[e]; s < p.spans_from[e + 1]; s++) {
+                const Span span = p.spans[s];
+                const uint8_t* packed = tiles + span.first * row;
+                const int64_t gate = e * 2 * inner_blocks + first, value = gate + inner_blocks;
+                block_products(up, gate, gate + blocks, packed, span.count, [&](int64_t b, const float* out) {
+                    std::memcpy(gates + (b - gate) * ROWS * LANES, out, span.count * LANES * sizeof(float));
+                });
+                block_products(up, value, value + blocks, packed, span.count, [&](int64_t b, const float* out) {
+                    const float* own = gates + (b - value) * ROWS * LANES;
+                    for (int t = 0; t < span.count; t++)
+                        store(h + (span.first + t) * padded + (first + b - value) * LANES,
+                              mul(silu(load(own + t * LANES)), load(out + t * LANES)));
+                });
+            }
         }
 #pragma omp for
         for (int64_t i = 0; i < pairs; i++) quantise_row(down, h, FLOAT32, i * padded, inner_rows + i * inner_row);
@@ -261,16 +279,17 @@ void experts(const Weights& up, const Weights& down, const void* x, int64_t x_ty
             for (int64_t i = 0; i < n; i++) std::memset(y + i * hidden + begin, 0, (end - begin) * sizeof(float));
             for (int64_t u = 0; u < p.count; u++) {
                 const int64_t e = p.used[u];
-                for (int64_t s = p.spans_from[e]; s < p.spans_from[e + 1]; s++)
-                    for (int64_t b = first; b < least(hidden_blocks, first + down_run); b++) {
-                        const Span span = p.spans[s];
-                        const uint8_t* packed = inner_tiles + span.first * inner_row;
-                        block_product(down, e * hidden_blocks + b, packed, span.count, value);
+                const int64_t base = e * hidden_blocks, stop = base + least(hidden_blocks, first + down_run);
+                for (int64_t s = p.spans_from[e]; s < p.spans_from[e + 1]; s++) {
+                    const Span span = p.spans[s];
+                    const uint8_t* packed = inner_tiles + span.first * inner_row;
+                    block_products(down, base + first, stop, packed, span.count, [&](int64_t b, const float* out) {
                         for (int t = 0; t < span.count; t++) {
-                            const int64_t pair = p.pairs[span.first + t], o = b * LANES;
-                            add_to(y + pair / k * hidden + o, weights[pair], value + t * LANES, hidden - o);
+                            const int64_t pair = p.pairs[span.first + t], o = (b - base) * LANES;
+                            add_to(y + pair / k * hidden + o, weights[pair], out + t * LANES, hidden - o);
                         }
-                    }
+                    });
+                }
             }
         }
     }

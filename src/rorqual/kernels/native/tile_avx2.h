@@ -16,9 +16,13 @@ inline __m256i dot_signed(__m256i acc, __m256i w, __m256i x) {
     return dot_small(acc, _mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 
-template <int KIND, int T>
-void tile(const uint8_t* w_block, const uint16_t* scales, const uint16_t* mins, const uint8_t* x_tile, int groups,
+constexpr int abreast(int) { return 1; }
+
+template <int KIND, int T, int S>
+void tile(const uint8_t* w_block, int64_t, int64_t scales_at, int64_t mins_at, const uint8_t* x_tile, int groups,
           int group, float* out) {
+    static_assert(S == 1, "one block at a time: 16 registers");
+    const auto *scales = (const uint16_t*)(w_block + scales_at), *mins = (const uint16_t*)(w_block + mins_at);
     const __m256i low = _mm256_set1_epi8(15), offset = _mm256_set1_epi8((char)0x80);
     for (int half = 0; half < 2; half++) {
         const uint8_t *w = w_block + 32 * half, *x = x_tile;

@@ -6,9 +6,13 @@
 
 namespace {
 
-template <int KIND, int T>
-void tile(const uint8_t* w, const uint16_t* scales, const uint16_t* mins, const uint8_t* x, int groups, int group,
+constexpr int abreast(int) { return 1; }
+
+template <int KIND, int T, int S>
+void tile(const uint8_t* w, int64_t, int64_t scales_at, int64_t mins_at, const uint8_t* x, int groups, int group,
           float* out) {
+    static_assert(S == 1, "one block at a time");
+    const auto *scales = (const uint16_t*)(w + scales_at), *mins = (const uint16_t*)(w + mins_at);
     F total[T] = {};
     for (int g = 0; g < groups; g++) {
         const float* scale = (const float*)x;
