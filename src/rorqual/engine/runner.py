@@ -11,8 +11,10 @@ from torch import Tensor
 
 from rorqual.engine.adapters import Adapter
 from rorqual.engine.cache import PagedCache
+from rorqual.engine.decoder import MOST_ROWS, decoder
 from rorqual.engine.paged import Paged, Span, slots
 from rorqual.engine.scheduler import Work
+from rorqual.kernels.paged import PagedRows
 from rorqual.model.moe import Routing
 from rorqual.model.transformer import Transformer
 
@@ -27,11 +29,13 @@ class Runner:
         self.moe_layers = sorted(
             layer for layer, _ in model.routers() if layer < model.config.num_hidden_layers
         )
+        self.decoder = None if alone else decoder(model, cache)
 
     def record_experts(self) -> None:
         """From now on keep beside each cached token which experts computed it."""
         shape = (self.cache.slots, len(self.moe_layers), self.model.config.num_experts_per_tok)
         self.cache.experts = torch.zeros(shape, dtype=torch.int16)
+        self.decoder = None
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> Tensor:
@@ -52,6 +56,39 @@ class Runner:
         return torch.cat(parts)
 
     def _run(self, model: Transformer, works: Sequence[Work]) -> Tensor:
+        few = sum(w.count for w in works) <= MOST_ROWS
+        return (
+            self._run_few(works)
+            if few and self.decoder and model is self.model
+            else self._run_any(model, works)
+        )
+
+    def _run_few(self, works: Sequence[Work]) -> Tensor:
+        """All layers in one call: its inputs are made from lists, each in one piece."""
+        assert self.decoder is not None
+        size = self.block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        requests: list[int] = []
+        tables: list[list[int]] = []
+        for i, work in enumerate(works):
+            s, at = work.sequence, range(work.start, work.start + work.count)
+            ids += (s.tokens if not s.draft else s.tokens + s.draft)[at.start : at.stop]
+            positions += at
+            slots += [s.blocks[p // size] * size + p % size for p in at]
+            requests += [i] * work.count
+            tables.append(s.blocks[: -(-at.stop // size)])
+        longest = max(map(len, tables))
+        table = torch.tensor([t + [0] * (longest - len(t)) for t in tables], dtype=torch.int32)
+        places = torch.tensor(positions)
+        rows = PagedRows(table, torch.tensor(requests, dtype=torch.int32), (places + 1).int(), size)
+        cos, sin = self.model.rope(places)
+        x = self.model.embed(torch.tensor(ids)).float().contiguous()
+        h: Tensor = self.model.norm(self.decoder.run(x, cos, sin, torch.tensor(slots), rows))
+        return h
+
+    def _run_any(self, model: Transformer, works: Sequence[Work]) -> Tensor:
         ids: list[int] = []
         back = range(1, model.looks_back + 1)
         before: list[list[int]] = [[] for _ in back]

@@ -39,7 +39,9 @@ _SIGNATURES = {
     "rope": [_P, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _I],
     "gated": [_P, _P, _I, _I, _I, _I, _P, _I],
     "gated_back": [_P, _P, _I, _I, _P, _P, _I, _I, _P, _P, _I, _P, _P, _I],
+    "layers": [_P, _I, _P, _I, _P, _I],
 }
+_SIZES = ("layer_bytes", "step_bytes")
 
 
 class Native:
@@ -52,6 +54,10 @@ class Native:
             function = getattr(handle, f"rorqual_{name}")
             function.argtypes, function.restype = signature, None
             setattr(self, name, function)
+        for name in _SIZES:
+            function = getattr(handle, f"rorqual_{name}")
+            function.argtypes, function.restype = [], _I
+            setattr(self, name, function)
 
     linear: ctypes._NamedFuncPointer
     experts: ctypes._NamedFuncPointer
@@ -61,6 +67,9 @@ class Native:
     rope: ctypes._NamedFuncPointer
     gated: ctypes._NamedFuncPointer
     gated_back: ctypes._NamedFuncPointer
+    layers: ctypes._NamedFuncPointer
+    layer_bytes: ctypes._NamedFuncPointer
+    step_bytes: ctypes._NamedFuncPointer
 
     def use(self, isa: str) -> bool:
         """Run another variant from now on; False where this processor cannot."""

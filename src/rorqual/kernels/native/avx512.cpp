@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "decoder.h"
 #include "gated.h"
 
-extern const Kernels kernels_avx512 = {"avx512", linear, experts, mla, gqa, rms_norm, rope, gated, gated_back};
+extern const Kernels kernels_avx512 = {"avx512", linear, experts, mla, gqa, rms_norm, rope, gated, gated_back, layers};

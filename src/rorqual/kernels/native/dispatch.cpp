@@ -88,3 +88,11 @@ EXPORT void rorqual_gated_back(const void* gate, const void* up, int64_t type, i
     active->gated_back(gate, up, type, stride, grad, (const float*)by, n, width, dgate, dup, dstride, scaled,
                        (float*)dots, (int)threads);
 }
+
+EXPORT void rorqual_layers(const void* all, int64_t count, const void* step, int64_t hidden, void* x, int64_t threads) {
+    active->layers((const Layer*)all, count, *(const Step*)step, hidden, (float*)x, (int)threads);
+}
+
+// Bytes of the structures above: the Python side's must agree.
+EXPORT int64_t rorqual_layer_bytes() { return sizeof(Layer); }
+EXPORT int64_t rorqual_step_bytes() { return sizeof(Step); }

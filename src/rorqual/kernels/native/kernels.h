@@ -34,6 +34,49 @@ struct Queries {
     float scale;
 };
 
+// What `layers` knows of a model; rorqual/engine/decoder.py fills these in. Each field is 8 bytes.
+struct Packed {
+    Weights w;
+    const float* bias;  // or none
+};
+
+struct Pair {
+    Weights up, down;  // of one feed-forward, or of all routed experts
+};
+
+struct Rows {
+    uint8_t* data;
+    int64_t type, stride;  // bytes from one token to the next
+};
+
+struct Router {
+    const float *weight, *bias;  // [experts, hidden]; the bias of the selection, or none
+    int64_t experts, chosen, groups, kept_groups;
+    int64_t softmax, normalised, scaled;
+    double scale;
+};
+
+struct Layer {
+    const float *in_norm, *post_norm;
+    double eps, latent_eps, scale;
+    int64_t heads, kv_heads, nope, rotary, rank, interleaved;  // rank 0: grouped-query
+    const float *q_low_norm, *kv_norm, *q_norm, *k_norm;
+    Packed q_low, q, kv, v, out;  // kv: the latent and rotary key, or the keys
+    Packed absorbed_keys, absorbed_values;
+    Rows keys, values;  // keys: the latents
+    Router router;      // no experts: dense
+    Pair mlp, shared;
+};
+
+// N rows; row i belongs to request[i], is written to slots[i] and sees its first length[i] tokens.
+struct Step {
+    int64_t n;
+    const float *cosine, *sine;  // [N, rotary / 2]
+    const int64_t* slots;
+    const int32_t *request, *length, *table;
+    int64_t table_width, block_size;
+};
+
 struct Kernels {
     const char* isa;
     void (*linear)(const Weights&, const void* x, int64_t x_type, int64_t x_stride, int64_t n, int64_t matrices,
@@ -52,6 +95,7 @@ struct Kernels {
     void (*gated_back)(const void* gate, const void* up, int64_t type, int64_t stride, const void* grad,
                        const float* by, int64_t n, int64_t width, void* dgate, void* dup, int64_t dstride,
                        void* scaled, float* dots, int threads);
+    void (*layers)(const Layer* all, int64_t count, const Step&, int64_t hidden, float* x, int threads);
 };
 
 extern const Kernels kernels_portable;

@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "decoder.h"
 #include "gated.h"
 
-extern const Kernels kernels_portable = {"portable", linear, experts, mla, gqa, rms_norm, rope, gated, gated_back};
+extern const Kernels kernels_portable = {"portable", linear, experts, mla, gqa, rms_norm, rope, gated, gated_back, layers};

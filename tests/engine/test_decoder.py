@@ -1,0 +1,124 @@
+"""All layers in one native call give what the modules give one by one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rorqual.engine import decoder, quantize
+from rorqual.engine.cache import PagedCache
+from rorqual.engine.config import EngineConfig
+from rorqual.engine.decoder import Decoder, Unfit
+from rorqual.engine.engine import Engine
+from rorqual.engine.request import Request, SamplingParams
+from rorqual.engine.runner import Runner
+from rorqual.engine.scheduler import Work
+from rorqual.engine.sequence import Sequence
+from rorqual.engine.stop import StopChecker
+from rorqual.kernels.native import ISAS, native
+from rorqual.model.config import ModelConfig
+from rorqual.model.transformer import Transformer
+from tests.engine.conftest import CONFIGS
+
+V2 = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 2.0}
+GROUPS = {"n_group": 3, "topk_group": 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v3": ("mla", {}),
+    "v3 in groups": ("mla", GROUPS),
+    "v2": ("mla", V2 | {"topk_method": "greedy"}),
+    "v2 in groups, scaled after": ("mla", V2 | GROUPS | {"topk_method": "group_limited_greedy"}),
+    "low-rank queries, half rotation": ("mla", {"q_lora_rank": 12, "rope_interleave": False, "n_shared_experts": 0}),
+    "qwen3": ("qwen", {}),
+    "qwen2": ("qwen", {"architecture": "Qwen2ForCausalLM", "qk_norm": False, "qkv_bias": True}),
+}  # fmt: skip
+
+
+def packed(config: ModelConfig, bits: int) -> Transformer:
+    model = Transformer(config).init_weights(3).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:  # as training leaves them
+            torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.3)
+    for _, router in model.routers():
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.normal_(0, 0.1)
+    return quantize.quantize(model, quantize.formats(model, bits))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Any:
+    loaded = native()
+    if loaded is None:
+        pytest.skip("no native library")
+    before = loaded.isa
+    if not loaded.use(request.param):
+        pytest.skip(f"this processor does not run {request.param}")
+    yield request.param
+    loaded.use(before)
+
+
+def work(name: str, blocks: list[int], length: int, start: int, count: int) -> Work:
+    """`count` tokens of a sequence of `length` after `start` that are in the cache."""
+    g = torch.Generator().manual_seed(sum(name.encode()))
+    tokens = torch.randint(0, 96, (length,), generator=g).tolist()
+    s = Sequence(Request(name, tokens, SamplingParams()), 0, 1, StopChecker(None, ()), 0, [])
+    s.blocks = blocks
+    return Work(s, start, count)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_to_the_modules(name: str, bits: int, dtype: torch.dtype, isa: str) -> None:
+    """One row of each sequence at a time by the modules; all rows of a chunk, and chunks of others, in one call."""
+    kind, changes = MODELS[name]
+    model = packed(dataclasses.replace(CONFIGS[kind], **changes), bits)
+    caches = [PagedCache(model.config, 64, dtype, torch.device("cpu")) for _ in range(2)]
+    for rows in zip(*(c.rows for c in caches), strict=True):
+        rows[0].normal_(generator=torch.Generator().manual_seed(1))
+        rows[1].copy_(rows[0])
+    fast, slow = (Runner(model, c, 4) for c in caches)
+    assert fast.decoder is not None
+    slow.decoder = None
+    chunks = {"a": ([7, 2, 5], 9, 4, 5), "b": ([1], 2, 1, 1), "c": ([3, 9, 0, 4], 15, 13, 2)}
+    got = fast.run([work(n, *chunk) for n, chunk in chunks.items()]).split([5, 1, 2])
+    for (n, (blocks, length, start, count)), rows in zip(chunks.items(), got, strict=True):
+        wanted = torch.cat([slow.run([work(n, blocks, length, start + i, 1)]) for i in range(count)])
+        torch.testing.assert_close(rows, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    for mine, theirs in zip(caches[0].rows, caches[1].rows, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_the_engine_uses_it(fresh: Callable[[str, int], Transformer]) -> None:
+    model = quantize.quantize(fresh("qwen", 1), quantize.formats(fresh("qwen", 1), 8))
+    texts = []
+    for few in (True, False):
+        engine = Engine(model, config=EngineConfig(block_size=4, cache_tokens=256, speculate=2))
+        assert (engine.runner.decoder is None) == (native() is None)
+        if not few:
+            engine.runner.decoder = None
+        for i, n in enumerate((1, 3, 20, 7)):
+            prompt = (torch.randint(0, 96, (n,), generator=torch.Generator().manual_seed(n)).tolist() * 3)[:n]
+            engine.add(Request(str(i), prompt, SamplingParams(max_tokens=12, temperature=0)))
+        tokens: dict[str, list[int]] = {}
+        while engine.has_work():
+            for d in engine.step():
+                tokens.setdefault(d.request_id, []).extend(d.token_ids)
+        texts.append(tokens)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("gqa", "tables or smear"), ("mla", "not packed")], ids=["extensions", "wide weights"]
+)
+def test_what_the_call_does_not_know_is_computed_by_modules(
+    kind: str, what: str, fresh: Callable[[str, int], Transformer]
+) -> None:
+    model, library = fresh(kind, 1), native()
+    if library is None:
+        pytest.skip("no native library")
+    cache = PagedCache(model.config, 16, torch.float32, torch.device("cpu"))
+    with pytest.raises(Unfit, match=what):
+        Decoder(model, cache, library)
+    assert decoder.decoder(model, cache) is None
