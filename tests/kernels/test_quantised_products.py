@@ -18,6 +18,7 @@ from rorqual.kernels.quantised_experts import (
 )
 from rorqual.kernels.quantised_heads import quantised_heads, quantised_heads_reference
 from rorqual.kernels.quantised_linear import quantised_linear, quantised_linear_reference
+from rorqual.kernels.quantised_rows import quantised_rows, quantised_rows_reference
 
 ALL = [Format(kind, group) for kind in KINDS for group in GROUPS]
 formats = pytest.mark.parametrize("format", ALL, ids=lambda f: f"{f.kind}/{f.group}")
@@ -29,7 +30,17 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @formats
 @pytest.mark.parametrize(
-    ("rows", "width", "n"), [(48, 96, 1), (17, 40, 3), (100, 300, 13), (5, 7, 2), (64, 256, 30)]
+    ("rows", "width", "n"),
+    [
+        (48, 96, 1),
+        (17, 40, 3),
+        (100, 300, 13),
+        (5, 7, 2),
+        (64, 256, 30),
+        (150, 96, 1),
+        (150, 72, 2),
+        (150, 64, 4),
+    ],
 )
 def test_linear_equals_its_definition(library: Native, format: Format, rows: int, width: int, n: int) -> None:
     packed = quantise(torch.randn(rows, width), format)
@@ -133,3 +144,20 @@ def test_up_is_gate_and_value_joined() -> None:
     gate, value = split_up(up)
     assert torch.equal(join_up(gate, value).data, up.data)
     assert gate.rows == value.rows == 24
+
+
+@formats
+@pytest.mark.parametrize("width", [7, 96, 300])
+def test_rows_equal_their_definition(library: Native, format: Format, width: int) -> None:
+    packed = quantise(torch.randn(50, width), format)
+    ids = torch.tensor([[0, 49, 17], [17, 16, 31]])
+    torch.testing.assert_close(
+        quantised_rows(ids, packed), quantised_rows_reference(ids, packed), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(quantised_rows(ids, packed)[0, 2], dequantise(packed)[17], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [-1, 50])
+def test_an_id_that_is_no_row(library: Native, wrong: int) -> None:
+    with pytest.raises(IndexError, match="50 rows"):
+        quantised_rows(torch.tensor([3, wrong]), quantise(torch.randn(50, 32), Format("int8")))

@@ -205,7 +205,8 @@ class Engine:
         """The next tokens of all; where nothing is guessed, rows that ask for plain sampling are drawn together."""
         counts = [w.guesses + 1 for w in works]  # before any draw adds to a sequence
         drawn: list[tuple[int, TokenLogprob | None] | None] = [None] * len(works)
-        if len(logits) == len(works) and _finite(logits):
+        finite = _finite(logits)  # else each row is asked
+        if len(logits) == len(works) > 1 and finite:
             sequences = [w.sequence for w in works]
             drawn = sample_rows(
                 logits,
@@ -214,7 +215,9 @@ class Engine:
                 [s.seed for s in sequences],
             )
         parts = logits.split(counts)
-        return [self._draw(w, part, first) for w, part, first in zip(works, parts, drawn, strict=True)]
+        return [
+            self._draw(w, part, finite, first) for w, part, first in zip(works, parts, drawn, strict=True)
+        ]
 
     def stats(self) -> EngineStats:
         s = self.scheduler
@@ -282,25 +285,31 @@ class Engine:
         if not self._sequences:
             assert self.pool.used == 0
 
-    def _draw(self, work: Work, logits: Tensor, first: tuple[int, TokenLogprob | None] | None) -> Delta:
+    def _draw(
+        self, work: Work, logits: Tensor, finite: bool, first: tuple[int, TokenLogprob | None] | None
+    ) -> Delta:
         """Draw the next token, where `first` has not done so, and further ones as long as the guesses [G] before them
         were right; logits [G + 1, V]."""
         sequence, guesses = work.sequence, work.sequence.draft[: work.guesses]
-        delta = self._advance(sequence, logits[0], first)
+        delta = self._advance(sequence, logits[0], finite, first)
         right = 0
         while right < len(guesses) and not delta.finish_reason and delta.token_ids[-1] == guesses[right]:
             right += 1
-            delta.extend(self._advance(sequence, logits[right]))
+            delta.extend(self._advance(sequence, logits[right], finite))
         if not delta.finish_reason:
             self.scheduler.computed(work, wrong=len(guesses) - right)
         return delta
 
     def _advance(
-        self, sequence: Sequence, logits: Tensor, drawn: tuple[int, TokenLogprob | None] | None = None
+        self,
+        sequence: Sequence,
+        logits: Tensor,
+        finite: bool,
+        drawn: tuple[int, TokenLogprob | None] | None = None,
     ) -> Delta:
         """Draw one token, unless it is drawn already, and say what is new."""
         params = sequence.request.params
-        if drawn is None and not _finite(logits):
+        if not finite and not _finite(logits):
             return self._finish(
                 sequence, "error", error="the model gave non-finite logits: its weights or dtype overflow"
             )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels.quantised import Format, Packed, dequantise, quantise
+from rorqual.kernels.quantised import Format, Packed, quantise
 from rorqual.kernels.quantised_experts import pack_up, quantised_experts
 from rorqual.kernels.quantised_heads import quantised_heads
 from rorqual.kernels.quantised_linear import quantised_linear
+from rorqual.kernels.quantised_rows import quantised_rows
 from rorqual.model.layers import SwiGLU
 from rorqual.model.mla import MLA
 from rorqual.model.moe import Experts
@@ -73,11 +74,7 @@ class QuantEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [*L] → [*L, width]."""
-        unique, where = ids.flatten().unique(return_inverse=True)
-        blocks, block_of = (unique // 16).unique(return_inverse=True)
-        some = Packed(self.packed[blocks], 16 * len(blocks), self.width, self.format)
-        wide = dequantise(some)[block_of * 16 + unique % 16]
-        return wide[where].view(*ids.shape, self.width).to(self.dtype)
+        return quantised_rows(ids, Packed(self.packed, self.rows, self.width, self.format)).to(self.dtype)
 
 
 class QuantExperts(nn.Module):

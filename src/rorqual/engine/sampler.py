@@ -33,12 +33,12 @@ def sample(
     scores = shape(logits, params, prompt, completion)
     if params.temperature < GREEDY_BELOW:
         token = int(scores.argmax())
-        return token, _logprob(scores.log_softmax(-1), token, params.logprobs)
+        return token, _logprob(scores, token, params.logprobs)
     kept = keep(scores / params.temperature, params)
     cumulative = kept.softmax(-1, dtype=torch.float64).cumsum(-1)
     point = uniform(seed, len(completion)) * float(cumulative[-1])
     token = int(torch.searchsorted(cumulative, point, right=True).clamp(max=len(cumulative) - 1))
-    return token, _logprob(kept.log_softmax(-1), token, params.logprobs)
+    return token, _logprob(kept, token, params.logprobs)
 
 
 def sample_rows(
@@ -141,8 +141,8 @@ def top_logprobs(logprobs: Tensor, token: int, count: int) -> TokenLogprob:
     return TokenLogprob(token, float(logprobs[token]), top)
 
 
-def _logprob(logprobs: Tensor, token: int, count: int | None) -> TokenLogprob | None:
-    return None if count is None else top_logprobs(logprobs, token, count)
+def _logprob(scores: Tensor, token: int, count: int | None) -> TokenLogprob | None:
+    return None if count is None else top_logprobs(scores.log_softmax(-1), token, count)
 
 
 def _bits(mask: bytes, size: int) -> Tensor:

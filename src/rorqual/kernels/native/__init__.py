@@ -33,6 +33,7 @@ _I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _SIGNATURES = {
     "linear": [_P, _I, _I, _I, _I, _P, _I, _I, _I, _I, _P, _I],
     "experts": [_P, _P, _I, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I, _P, _I],
+    "rows": [_P, _I, _I, _I, _I, _P, _I, _P],
     "mla": [_P, _P, _P, _I, _I, _F, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "gqa": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "rms_norm": [_P, _I, _P, _I, _I, _F, _P, _I],
@@ -61,6 +62,7 @@ class Native:
 
     linear: ctypes._NamedFuncPointer
     experts: ctypes._NamedFuncPointer
+    rows: ctypes._NamedFuncPointer
     mla: ctypes._NamedFuncPointer
     gqa: ctypes._NamedFuncPointer
     rms_norm: ctypes._NamedFuncPointer

@@ -47,6 +47,11 @@ EXPORT void rorqual_experts(const void* up, const void* down, int64_t hidden, in
                     (const float*)weights, n, k, experts, (float*)y, (int)threads);
 }
 
+EXPORT void rorqual_rows(const void* w, int64_t count, int64_t width, int64_t kind, int64_t group, const void* ids,
+                         int64_t n, void* y) {
+    active->rows({(const uint8_t*)w, count, width, kind, group}, (const int64_t*)ids, n, (float*)y);
+}
+
 EXPORT void rorqual_mla(const void* q, const void* request, const void* length, int64_t n, int64_t heads, float scale,
                         const void* cache, int64_t type, int64_t stride, int64_t block_size, const void* table,
                         int64_t table_width, int64_t rank, int64_t width, void* out, int64_t threads) {

@@ -83,6 +83,7 @@ struct Kernels {
                    float* y, int threads);
     void (*experts)(const Weights& up, const Weights& down, const void* x, int64_t x_type, const int64_t* ids,
                     const float* weights, int64_t n, int64_t k, int64_t experts, float* y, int threads);
+    void (*rows)(const Weights&, const int64_t* ids, int64_t n, float* y);
     void (*mla)(const Queries&, const PagedCache&, int64_t rank, int64_t width, float* out, int threads);
     void (*gqa)(const Queries&, const PagedCache& keys, const PagedCache& values, int64_t kv_heads, int64_t width,
                 float* out, int threads);

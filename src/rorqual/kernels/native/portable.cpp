@@ -7,4 +7,4 @@
 #include "decoder.h"
 #include "gated.h"
 
-extern const Kernels kernels_portable = {"portable", linear, experts, mla, gqa, rms_norm, rope, gated, gated_back, layers};
+extern const Kernels kernels_portable = {"portable", linear, experts, rows, mla, gqa, rms_norm, rope, gated, gated_back, layers};

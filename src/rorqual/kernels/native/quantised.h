@@ -145,7 +145,8 @@ void linear(const Weights& w, const void* x, int64_t x_type, int64_t x_stride, i
     uint8_t *rows = rows_kept.take<uint8_t>(matrices * n * row), *tiles = tiles_kept.take<uint8_t>(matrices * n * row);
     Span* spans = spans_kept.take<Span>(n);
     const int64_t pieces = cut(0, n, spans);
-    const int64_t chunk = most(1, least(n > ROWS ? 4 : 16, total / (4 * threads)));
+    const int64_t wide = abreast((int)least(n, ROWS));
+    const int64_t chunk = up_to(most(1, least(n > ROWS ? 4 : 16, total / (4 * threads))), wide);
     if (matrices * w.rows * w.width * n < SMALL) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -230,9 +231,10 @@ void experts(const Weights& up, const Weights& down, const void* x, int64_t x_ty
     uint8_t* inner_tiles = inner_tiles_kept.take<uint8_t>(pairs * inner_row);
     const int64_t all_spans = p.spans_from[count];
     // Neighbouring blocks of one expert lie behind each other in memory: hand them out in runs.
-    const int64_t run = most(1, least(8, inner_blocks * p.count / (8 * threads)));
+    const int64_t wide = abreast((int)least(n, ROWS));
+    const int64_t run = up_to(most(1, least(8, inner_blocks * p.count / (8 * threads))), wide);
     const int64_t runs = (inner_blocks + run - 1) / run;
-    const int64_t down_run = most(1, least(4, hidden_blocks / (8 * threads)));
+    const int64_t down_run = up_to(most(1, least(4, hidden_blocks / (8 * threads))), wide);
     if (pairs * hidden * inner * 3 < SMALL) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
@@ -290,6 +292,29 @@ void experts(const Weights& up, const Weights& down, const void* x, int64_t x_ty
                         }
                     });
                 }
+            }
+        }
+    }
+}
+
+// y[i, :] = row ids[i] of `w`, widened: scale * (value - zero), or scale * value + min.
+void rows(const Weights& w, const int64_t* ids, int64_t n, float* y) {
+    const int64_t groups = groups_of(w);
+    for (int64_t i = 0; i < n; i++) {
+        const uint8_t* block = w.data + ids[i] / LANES * block_bytes(w);
+        const int64_t lane = ids[i] % LANES;
+        const uint16_t *scales = (const uint16_t*)(block + value_bytes(w)), *mins = scales + LANES * groups;
+        for (int64_t g = 0; g < groups; g++) {
+            float scale[16], low[16] = {};
+            store(scale, load_half(scales + LANES * g));
+            if (w.kind == INT4_MIN) store(low, load_half(mins + LANES * g));
+            const int64_t from = g * w.group, count = least(w.group, w.width - from);
+            for (int64_t j = 0; j < count; j++) {
+                const int64_t at = from + j, word = w.kind == INT8 ? at / 4 : at / 8;
+                const uint8_t stored = block[64 * word + 4 * lane + at % 4];
+                const int value = w.kind == INT8 ? stored - 128 : at % 8 < 4 ? stored & 15 : stored >> 4;
+                const float wide = (float)(w.kind == INT4 ? value - 8 : value) * scale[lane];
+                y[i * w.width + at] = w.kind == INT4_MIN ? wide + low[lane] : wide;
             }
         }
     }

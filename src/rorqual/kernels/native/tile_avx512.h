@@ -7,10 +7,9 @@
 namespace {
 
 // Blocks computed side by side for T rows. One after the other, a core waits for memory and computes by turns (18 GB/s);
-// four streams keep its prefetcher ahead of it (25 GB/s, as fast as it can read). The registers hold 16 sums.
+// four streams keep its prefetcher ahead of it (22 GB/s), and each fetches its successor's bytes, as the prefetcher starts
+// anew with every block: 19 instead of 13 GB/s where blocks are short. The registers hold 16 sums.
 constexpr int abreast(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
-
-constexpr int AHEAD = 4096;  // bytes that weights are fetched early
 
 // x: T rows interleaved as pack_tile leaves them. w: S blocks, `stride` bytes apart; out [S][T][16].
 template <int KIND, int T, int S>
@@ -35,10 +34,10 @@ void tile(const uint8_t* w, int64_t stride, int64_t scales_at, int64_t mins_at, 
         }
         for (int part = 0; part < group; part += 32) {
             constexpr int VECTORS = KIND == INT8 ? 8 : 4;
-            for (int s = 0; s < S; s++)
-                if (T <= 4)
-                    for (int v = 0; v < VECTORS; v += S)
-                        _mm_prefetch((const char*)w + s * stride + 64 * v + AHEAD, _MM_HINT_T1);
+            if (T <= 4)
+                for (int s = S; s < 2 * S; s++)
+                    for (int v = 0; v < VECTORS; v++)
+                        _mm_prefetch((const char*)w + s * stride + 64 * v, _MM_HINT_T1);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; v++) {
 #pragma GCC unroll 4
@@ -61,6 +60,10 @@ void tile(const uint8_t* w, int64_t stride, int64_t scales_at, int64_t mins_at, 
             w += 64 * VECTORS;
         }
         for (int s = 0; s < S; s++) {
+            if (T <= 4 && g % 2 == 0) {
+                _mm_prefetch((const char*)scales + (s + S) * stride + 32 * g, _MM_HINT_T1);
+                if (KIND == INT4_MIN) _mm_prefetch((const char*)mins + (s + S) * stride + 32 * g, _MM_HINT_T1);
+            }
             const __m512 by = load_half((const uint16_t*)(scales + s * stride) + 16 * g);
             for (int t = 0; t < T; t++)
                 total[s][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[s][t]), _mm512_mul_ps(by, _mm512_set1_ps(scale[t])),
