@@ -90,7 +90,7 @@ def learn(
     update = trainer.gradients([Lesson.of(r, True) for r in rows])
     named = dict(trainer.model.named_parameters())
     gradients = {n: gathered(p.grad, n, trainer.layout) for n, p in named.items() if p.grad is not None}
-    gradients = {n: g.clone() for n, g in gradients.items()}
+    gradients = {n: (g.to_dense() if g.is_sparse else g).clone() for n, g in gradients.items()}
     trainer.model.zero_grad(set_to_none=True)
     trainer.source.load_state_dict({"step": 0})
     losses = [trainer.one_step().loss for _ in range(steps)]

@@ -7,7 +7,7 @@ from torch import nn
 from rorqual.errors import RunError
 from rorqual.train import muon
 from rorqual.train.config import Optim
-from rorqual.train.optim import Optimizer, adamw_reference, clip_, flops, kind
+from rorqual.train.optim import Optimizer, adamw_reference, clip_, flops, kind, table_reference
 
 
 def parameters(*shapes: tuple[int, ...], prefix: str = "layers.0.w") -> list[tuple[str, nn.Parameter]]:
@@ -142,7 +142,7 @@ def test_kinds() -> None:
     matrix, vector = torch.zeros(4, 4), torch.zeros(4)
     want = {
         "embed_tokens.weight": "embedding",
-        "ngram.weight": "embedding",
+        "ngram.weight": "table",
         "value_embeddings.1.weight": "embedding",
         "lm_head.weight": "head",
         "layers.0.self_attn.o_proj.weight": "matrix",
@@ -189,5 +189,36 @@ def test_clipping_bounds_the_norm_and_leaves_what_is_not_finite() -> None:
 
 def test_update_flops_by_hand() -> None:
     """Muon: 5 steps of two products r x r x c each way and one r x r x r, and 19 operations an element; AdamW: 14."""
-    assert flops(Optimizer(parameters((4, 6)), Optim())) == 5 * (2 * 4 * 4 * 6 * 2 + 2 * 4**3) + 19 * 24
-    assert flops(Optimizer(parameters((4, 6)), Optim("adamw"))) == 14 * 24
+    assert flops(Optimizer(parameters((4, 6)), Optim()), 8) == 5 * (2 * 4 * 4 * 6 * 2 + 2 * 4**3) + 19 * 24
+    assert flops(Optimizer(parameters((4, 6)), Optim("adamw")), 8) == 14 * 24
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_table_equals_its_definition(sparse: bool) -> None:
+    """Rows that a batch reads twice, one whose gradients cancel out, and rows that it does not read."""
+    table = nn.Parameter(torch.randn(9, 4))
+    optimizer = Optimizer([("ngram.weight", table)], Optim(table_lr=0.5, table_memory=0.9, clip=0.7))
+    want, squares = table.detach().clone(), torch.zeros(9, 4)
+    for step in range(4):
+        ids = torch.tensor([1, 5, 1, 7, 7, step])
+        weights = torch.randn(6, 4)
+        weights[4] = -weights[3]
+        (nn.functional.embedding(ids, table, sparse=sparse) * weights).sum().backward()
+        assert table.grad is not None
+        assert table.grad.is_sparse == sparse
+        grad = table.grad.to_dense() if sparse else table.grad.clone()
+        norm = clip_([table], 0.7)
+        assert norm == pytest.approx(float(grad.norm()), rel=1e-6)
+        grad *= 0.7 / (norm + 1e-6) if norm > 0.7 else 1
+        want, squares = table_reference(want, grad, squares, 0.5 * 0.8, 0.9)
+        optimizer.step(0.8)
+        table.grad = None
+    torch.testing.assert_close(table.detach(), want, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(optimizer.state_dict()["ngram.weight.squares"], squares, atol=1e-6, rtol=1e-6)
+    assert (squares[8] == 0).all()
+
+
+def test_a_tables_update_costs_what_a_batch_reads() -> None:
+    named = [("ngram.weight", nn.Parameter(torch.empty(1000, 4, device="meta")))]
+    assert flops(Optimizer(named, Optim()), 10) == 10 * 4 * 8
+    assert flops(Optimizer(named, Optim()), 5000) == 1000 * 4 * 8

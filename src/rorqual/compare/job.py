@@ -120,7 +120,8 @@ def run(job: Job) -> Result | None:
     lines = read(config.out)
     bill, last = cost(shape), lines[-1]
     with torch.device("meta"):
-        update_flops = flops(Optimizer(Transformer(shape).named_parameters(), config.optim))
+        optimizer = Optimizer(Transformer(shape).named_parameters(), config.optim)
+        update_flops = flops(optimizer, config.tokens_per_step)
     result = Result(
         job.setting.name, job.steps, job.seed, last["heldout_loss"], last["heldout_bpb"], last["tokens"],
         bill.train_flops(config.seq_len) * last["tokens"], update_flops * job.steps,

@@ -21,12 +21,14 @@ class NgramTable(nn.Module):
     def __init__(self, config: ModelConfig, rows: int) -> None:
         super().__init__()
         self.rows = rows
+        # A batch reads few of the rows: its gradient holds those alone. Off where processes add up gradients.
+        self.sparse = True
         self.weight = nn.Parameter(torch.empty(self.rows, config.hidden_size))
         self.scale = nn.Parameter(torch.empty(config.num_hidden_layers))
 
     def forward(self, *tokens: Tensor) -> Tensor:
         """The tokens [*L], those before them, and so on → rows [*L, D]."""
-        return nn.functional.embedding(self.index(*tokens), self.weight)
+        return nn.functional.embedding(self.index(*tokens), self.weight, sparse=self.sparse)
 
     def index(self, *tokens: Tensor) -> Tensor:
         """The row of each pair or triple [*L]."""

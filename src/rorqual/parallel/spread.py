@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from rorqual.model.memory import NgramTable
 from rorqual.model.moe import MoE
 from rorqual.model.mtp import MTP
 from rorqual.model.transformer import Transformer
@@ -25,6 +26,8 @@ def spread(model: Transformer, mesh: Mesh, parallel: Parallel) -> Layout:
     if mesh.world == 1:
         return found
     for module in model.modules():
+        if isinstance(module, NgramTable):
+            module.sparse = False
         if isinstance(module, MoE):
             module.data_size, module.sum_counts = mesh.data.size, mesh.data.sum_
             if mesh.expert > 1:

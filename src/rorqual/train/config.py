@@ -14,16 +14,18 @@ from rorqual.train.shape import Shape
 
 @dataclass(frozen=True)
 class Optim:
-    """Muon for matrices and AdamW for the rest, or AdamW alone. Rates are those of AdamW and Muon as Moonlight has it
+    """Muon for matrices and AdamW for the rest, or AdamW alone; tables have a rule of their own. Rates are those of AdamW and Muon as Moonlight has it
     (arXiv 2502.16982): an update's size does not depend on a matrix's shape."""
 
     name: Literal["muon", "adamw"] = "muon"
     lr: float = 0.008  # of matrices
-    embedding_lr: float = 0.03  # of embeddings and memory tables
+    embedding_lr: float = 0.03  # of embeddings
+    table_lr: float = 1.0  # of pair and triple tables, whose rows are updated when a batch reads them
     head_lr: float = 0.006
     vector_lr: float = 0.01  # of norms, biases, routers
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    table_memory: float = 0.99  # share of a row's squared gradients that its next update keeps
     momentum: float = 0.95  # Muon
     momentum_start: float = 0.85  # where the momentum begins
     momentum_warmup: int = 300  # steps over which it rises
@@ -32,7 +34,7 @@ class Optim:
     bias_speed: float = 0.01  # of the experts' selection biases, per step
 
     def __post_init__(self) -> None:
-        for name in ("lr", "embedding_lr", "head_lr", "vector_lr"):
+        for name in ("lr", "embedding_lr", "table_lr", "head_lr", "vector_lr"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"optim.{name}={getattr(self, name)}: must be above 0")
         for name in ("weight_decay", "clip", "bias_speed", "momentum_warmup"):
@@ -43,6 +45,7 @@ class Optim:
             ("betas", min(self.betas)),
             ("momentum", self.momentum),
             ("momentum_start", self.momentum_start),
+            ("table_memory", self.table_memory),
         ):
             if not 0 <= value < 1:
                 raise ConfigError(f"optim.{name}={getattr(self, name)}: must be 0 to below 1")

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from rorqual.train.config import Optim
 from rorqual.train.teamwork import work_of
 
 EPS = 1e-8
+Rule = Literal["muon", "adamw", "table"]
 
 
 def kind(name: str, p: Tensor) -> str:
-    """Which rule a parameter follows: matrix, embedding, head or vector."""
-    if name.startswith(("embed_tokens", "ngram.weight", "triples.weight")) or (
-        name.startswith("value_embeddings") and ".gate." not in name
-    ):
+    """Which rule a parameter follows: matrix, embedding, table, head or vector."""
+    if name in ("ngram.weight", "triples.weight"):
+        return "table"
+    if name.startswith("embed_tokens") or (name.startswith("value_embeddings") and ".gate." not in name):
         return "embedding"
     if name.startswith("lm_head"):
         return "head"
@@ -34,18 +36,19 @@ def kind(name: str, p: Tensor) -> str:
 
 @dataclass
 class Member:
-    """A parameter and its two moments: AdamW's first and second, or Muon's momentum and its rows' second moments."""
+    """A parameter and its moments: AdamW's first and second, Muon's momentum and its rows' second moments, or a table's
+    squares."""
 
     name: str
     param: Tensor
-    moments: tuple[Tensor, Tensor]  # of this process's part
+    moments: tuple[Tensor, ...]  # of this process's part
 
 
 @dataclass
 class Group:
     """Parameters that share a rule and a full rate; under Muon also their shape."""
 
-    is_muon: bool
+    rule: Rule
     members: list[Member]
     lr: float
     decay: float
@@ -82,18 +85,23 @@ class Optimizer:
                 rows = matrices if len(placement.shape) > 2 else part.new_empty(placement.shape)
                 moments = (_zeros(matrices), _zeros(rows[..., :1]))
                 found[which, placement].append(Member(name, p, moments))
+            elif which == "table":
+                found[which, None].append(Member(name, p, (_zeros(part),)))
             else:
                 found[which, None].append(Member(name, p, (_zeros(part), _zeros(part))))
         self.groups = [self._group(which, members) for (which, _), members in found.items()]
 
     def _group(self, which: str, members: list[Member]) -> Group:
         c = self.config
-        lr = {"matrix": c.lr, "embedding": c.embedding_lr, "head": c.head_lr, "vector": c.vector_lr}[which]
-        # Under Muon tables and head are not decayed; AdamW alone decays all but vectors.
-        decays = which == "matrix" or (c.name == "adamw" and which != "vector")
+        lr = {
+            "matrix": c.lr, "embedding": c.embedding_lr, "table": c.table_lr, "head": c.head_lr, "vector": c.vector_lr,
+        }[which]  # fmt: skip
+        # Under Muon embeddings and head are not decayed; AdamW alone decays all but vectors and tables.
+        decays = which == "matrix" or (c.name == "adamw" and which in ("embedding", "head"))
         muons = c.name == "muon" and which == "matrix"
         work = work_of(members[0].name, self.layout) if muons else muon.WORK
-        return Group(muons, members, lr, c.weight_decay if decays else 0.0, work)
+        rule: Rule = "muon" if muons else "table" if which == "table" else "adamw"
+        return Group(rule, members, lr, c.weight_decay if decays else 0.0, work)
 
     @torch.no_grad()
     def step(self, share: float) -> None:
@@ -101,7 +109,7 @@ class Optimizer:
         self.count += 1
         for group in self.groups:
             if group.live:
-                (self._muon if group.is_muon else self._adamw)(group, share)
+                {"muon": self._muon, "adamw": self._adamw, "table": self._tables}[group.rule](group, share)
 
     def _muon(self, group: Group, share: float) -> None:
         c, live = self.config, [m for m in group.live if local(m.param).numel() or group.work.together]
@@ -139,6 +147,14 @@ class Optimizer:
             maximize=False,
         )
 
+    def _tables(self, group: Group, share: float) -> None:
+        for m in group.live:
+            table, (squares,), grad = local(m.param.data), m.moments, _grad(m.param)
+            rows, own = touched(grad)
+            kept = squares[rows].mul_(self.config.table_memory).addcmul_(own, own)
+            squares[rows] = kept
+            table.index_add_(0, rows, (own / kept.sqrt_().add_(EPS)).to(table.dtype), alpha=-group.lr * share)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Every moment by parameter name, and the number of updates."""
         return {**dict(self._moments()), "count": torch.tensor(self.count)}
@@ -163,7 +179,10 @@ class Optimizer:
             for m in group.members:
                 placement = self.layout.of(m.name, tuple(m.param.shape))
                 piece = placement.piece(self.layout.mesh)
-                if not group.is_muon:
+                if group.rule == "table":
+                    found[f"{m.name}.squares"] = piece
+                    continue
+                if group.rule == "adamw":
                     found |= {f"{m.name}.first": piece, f"{m.name}.second": piece}
                     continue
                 if m.name.endswith("experts.gate_up_proj"):
@@ -174,10 +193,11 @@ class Optimizer:
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         for group in self.groups:
-            first, second = ("momentum", "rows") if group.is_muon else ("first", "second")
+            names = {"muon": ("momentum", "rows"), "adamw": ("first", "second"), "table": ("squares",)}[
+                group.rule
+            ]
             for m in group.members:
-                yield f"{m.name}.{first}", m.moments[0]
-                yield f"{m.name}.{second}", m.moments[1]
+                yield from ((f"{m.name}.{n}", moment) for n, moment in zip(names, m.moments, strict=True))
 
 
 def adamw_reference(
@@ -197,13 +217,37 @@ def adamw_reference(
     return p * (1 - lr * decay) - lr * first / (1 - betas[0] ** step) / root, first, second
 
 
+def table_reference(
+    p: Tensor, grad: Tensor, squares: Tensor, lr: float, memory: float
+) -> tuple[Tensor, Tensor]:
+    """The definition of a table's rule: AdaGrad (Duchi et al., 2011) that forgets, on rows whose gradient is not zero.
+    A row that is read for the first time moves by `lr`, whenever that is; the others, and what is known of them, stay."""
+    new = memory * squares + grad.square()
+    moved = p - lr * grad / (new.sqrt() + EPS)
+    read = (grad != 0).any(-1, keepdim=True)
+    return torch.where(read, moved, p), torch.where(read, new, squares)
+
+
+def touched(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a table's gradient that are not zero: their numbers [R] and the rows [R, D]."""
+    if grad.is_sparse:
+        rows, own = grad.coalesce().indices()[0], grad.coalesce().values()
+        read = (own != 0).any(-1)
+        return rows[read], own[read]
+    rows = (grad != 0).any(-1).nonzero()[:, 0]
+    return rows, grad[rows]
+
+
 def clip_(params: Sequence[Tensor], limit: float, norm: float | None = None) -> float:
     """Scale all gradients so that their norm is at most `limit` (0: no limit) and return the norm before. `norm`: theirs
     and other processes'.
 
     A non-finite norm leaves the gradients alone: the caller skips the step.
     """
-    grads = [local(p.grad) for p in params if p.grad is not None]
+    for p in params:
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.coalesce()
+    grads = [_values(local(p.grad)) for p in params if p.grad is not None]
     if norm is None:
         # In float64: a float32 sum over a table of a million values is off in its fifth digit.
         norm = float(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]).norm())
@@ -212,20 +256,21 @@ def clip_(params: Sequence[Tensor], limit: float, norm: float | None = None) -> 
     return norm
 
 
-ADAMW_OPERATIONS, MUON_OPERATIONS = (
-    14,
-    19,
-)  # on each element: moments, roots, decay, update; Muon's rows evened
+# On each element: moments, roots, decay, update; Muon's rows evened.
+ADAMW_OPERATIONS, MUON_OPERATIONS, TABLE_OPERATIONS = 14, 19, 8
 
 
-def flops(optimizer: Optimizer) -> float:
-    """FLOPs of one update over all processes: Muon's products, and what either rule does to each element."""
+def flops(optimizer: Optimizer, tokens: int) -> float:
+    """FLOPs of one update over all processes, from a batch of `tokens`, each of which reads a row of each table: Muon's
+    products, and what a rule does to each element."""
+    operations = {"muon": MUON_OPERATIONS, "adamw": ADAMW_OPERATIONS, "table": TABLE_OPERATIONS}
     total = 0.0
     for group in optimizer.groups:
         for member in group.members:
             shape = optimizer.layout.of(member.name, tuple(member.param.shape)).shape
-            total += math.prod(shape) * (MUON_OPERATIONS if group.is_muon else ADAMW_OPERATIONS)
-            if group.is_muon:
+            rows = min(shape[0], tokens) if group.rule == "table" else shape[0]
+            total += rows * math.prod(shape[1:]) * operations[group.rule]
+            if group.rule == "muon":
                 *batch, rows, columns = _matrices(member.name, torch.empty(shape, device="meta")).shape
                 total += muon.flops(math.prod(batch), rows, columns)
     return total
@@ -239,6 +284,11 @@ def _matrices(name: str, p: Tensor) -> Tensor:
 def _grad(p: Tensor) -> Tensor:
     assert p.grad is not None
     return local(p.grad)
+
+
+def _values(grad: Tensor) -> Tensor:
+    """What is in a gradient: all of it, or its rows."""
+    return grad.values() if grad.is_sparse else grad
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -211,7 +211,9 @@ def _differences(before: Any, now: Any, where: str = "") -> list[tuple[str, Any,
 
 def step_flops(config: TrainConfig, bill: Cost, trainer: Trainer) -> float:
     """FLOPs of a whole step: forward and backward of its tokens, and Muon's orthogonalisation."""
-    return bill.train_flops(config.seq_len) * config.tokens_per_step + flops(trainer.optimizer)
+    return bill.train_flops(config.seq_len) * config.tokens_per_step + flops(
+        trainer.optimizer, config.tokens_per_step
+    )
 
 
 def _peak(config: TrainConfig) -> float | None:
