@@ -206,6 +206,17 @@ def test_the_examples_of_a_function_are_not_its_tests() -> None:
     )
 
 
+def test_a_function_without_examples() -> None:
+    task = tasks.create("functions", style="continue", examples=0)
+    problem = task.make(0, 3)
+    assert ">>>" not in problem.prompt
+    assert problem.prompt.count("\n") == 2
+    assert len(problem.meta["calls"]) == 8
+    assert task.grade(problem, problem.worked or "").is_right
+    with pytest.raises(ConfigError, match="examples=3"):
+        tasks.create("functions", examples=3)
+
+
 def test_words_and_bare_styles_hold_the_same_problems() -> None:
     for name in ("sums", "countdown", "list_programs"):
         bare, words = tasks.create(name), tasks.create(name, style="words")

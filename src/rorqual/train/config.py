@@ -14,7 +14,7 @@ from rorqual.train.shape import Shape
 
 @dataclass(frozen=True)
 class Optim:
-    """Muon for matrices and AdamW for the rest, or AdamW alone; tables have a rule of their own (`optim.table_reference`).
+    """Muon for matrices and AdamW for the rest, or AdamW alone; tables have a rule of their own (`table_reference`).
     Rates are those of AdamW and Muon as Moonlight has it (arXiv 2502.16982): an update's size does not depend on a
     matrix's shape."""
 

@@ -243,6 +243,7 @@ class Functions(Family):
 
     level: int = 2
     style: Literal["chat", "continue"] = "chat"
+    examples: int = EXAMPLES  # calls that the docstring shows
     seconds: float = 3.0  # for all hidden tests of one function
 
     name: ClassVar[str] = "functions"
@@ -251,6 +252,8 @@ class Functions(Family):
     def __post_init__(self) -> None:
         if not 0 <= self.level < len(LADDER):
             raise ConfigError(f"tasks.functions.level={self.level}: must be 0 to {len(LADDER) - 1}")
+        if not 0 <= self.examples <= EXAMPLES:
+            raise ConfigError(f"tasks.functions.examples={self.examples}: must be 0 to {EXAMPLES}")
         if not self.seconds > 0:
             raise ConfigError(f"tasks.functions.seconds={self.seconds}: must be above 0")
 
@@ -276,9 +279,10 @@ class Functions(Family):
                 break
         shown = "".join(
             f"    >>> {template.name}({', '.join(map(repr, arguments))})\n    {value!r}\n"
-            for arguments, value in list(zip(calls, expected, strict=True))[:EXAMPLES]
+            for arguments, value in list(zip(calls, expected, strict=True))[: self.examples]
         )
-        stub = f'{head}    """{template.doc.format(**constants)}\n\n{shown}    """\n'
+        doc = template.doc.format(**constants) + (f"\n\n{shown}    " if shown else "")
+        stub = f'{head}    """{doc}"""\n'
         if self.style == "chat":
             ask = "Write this Python function. Answer with the whole function in one code block."
             prompt = f"{ask}\n```python\n{stub}```"
