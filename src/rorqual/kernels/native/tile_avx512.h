@@ -34,10 +34,9 @@ void tile(const uint8_t* w, int64_t stride, int64_t scales_at, int64_t mins_at, 
         }
         for (int part = 0; part < group; part += 32) {
             constexpr int VECTORS = KIND == INT8 ? 8 : 4;
-            if (T <= 4)
-                for (int s = S; s < 2 * S; s++)
-                    for (int v = 0; v < VECTORS; v++)
-                        _mm_prefetch((const char*)w + s * stride + 64 * v, _MM_HINT_T1);
+            for (int s = S; s < 2 * S; s++)
+                for (int v = 0; v < VECTORS; v++)
+                    _mm_prefetch((const char*)w + s * stride + 64 * v, _MM_HINT_T1);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; v++) {
 #pragma GCC unroll 4
@@ -60,7 +59,7 @@ void tile(const uint8_t* w, int64_t stride, int64_t scales_at, int64_t mins_at, 
             w += 64 * VECTORS;
         }
         for (int s = 0; s < S; s++) {
-            if (T <= 4 && g % 2 == 0) {
+            if (g % 2 == 0) {
                 _mm_prefetch((const char*)scales + (s + S) * stride + 32 * g, _MM_HINT_T1);
                 if (KIND == INT4_MIN) _mm_prefetch((const char*)mins + (s + S) * stride + 32 * g, _MM_HINT_T1);
             }
