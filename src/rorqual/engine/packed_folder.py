@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rorqual.checkpoint import hf
+from rorqual.checkpoint import gguf, hf
 from rorqual.checkpoint.files import whole_folder
 from rorqual.checkpoint.names import persistent_buffers, published_name
 from rorqual.checkpoint.tensors import TensorFile, write_tensors
@@ -50,10 +50,15 @@ def _published(config: ModelConfig, module: str) -> str:
 def save(
     model: Transformer, formats: Mapping[str, Format], folder: Path, tokenizer_from: Path | None = None
 ) -> None:
-    """Write a quantised model's folder, whole or not at all."""
+    """Write a quantised model's folder, whole or not at all, with the tokenizer of the folder or GGUF file that it was
+    made from."""
     with whole_folder(folder) as work:
         write_config(with_scheme(model.config, formats), work)
         write_tensors(work / hf.SINGLE, tensors(model))
+        if tokenizer_from is not None and tokenizer_from.suffix == ".gguf":
+            for name, text in gguf.tokenizer_files(gguf.GGUF(tokenizer_from)).items():
+                (work / name).write_text(text, encoding="utf-8")
+            return
         for name in hf.TOKENIZER_FILES:
             if tokenizer_from is not None and (tokenizer_from / name).is_file():
                 (work / name).write_bytes((tokenizer_from / name).read_bytes())

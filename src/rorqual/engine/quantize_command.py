@@ -49,7 +49,7 @@ def quantize(argv: Sequence[str]) -> int:
     importance = scheme.calibrate(model, rows[0]) if rows is not None and options.calibrate else None
     scheme.quantize(model, formats, importance)
     after = None if rows is None else perplexity(model, rows[1])
-    packed_folder.save(model, formats, options.out, locate(options.model) if options.model.is_dir() else None)
+    packed_folder.save(model, formats, options.out, locate(options.model))
     if before is None or after is None:
         print("no tokenizer: perplexity was not measured")
     else:
