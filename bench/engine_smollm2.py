@@ -62,7 +62,17 @@ def widen(source: Path, to: Path) -> None:
 
 
 def llama_perplexity(binaries: Path, model: Path, text: Path) -> float:
-    command = [str(binaries / "llama-perplexity"), "-m", str(model), "-f", str(text), "-c", str(WINDOW), "-t", "2"]
+    command = [
+        str(binaries / "llama-perplexity"),
+        "-m",
+        str(model),
+        "-f",
+        str(text),
+        "-c",
+        str(WINDOW),
+        "-t",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
     assert found is not None, done.stderr[-500:]
@@ -92,8 +102,22 @@ def our_perplexity(folder: Path, text: Path) -> float:
 
 
 def llama_speed(binaries: Path, model: Path) -> float:
-    command = [str(binaries / "llama-bench"), "-m", str(model), "-t", "2", "-p", "0", "-n", str(TOKENS), "-r", "5"]
-    out = subprocess.run([*command, "-o", "json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    command = [
+        str(binaries / "llama-bench"),
+        "-m",
+        str(model),
+        "-t",
+        "2",
+        "-p",
+        "0",
+        "-n",
+        str(TOKENS),
+        "-r",
+        "5",
+    ]
+    out = subprocess.run(
+        [*command, "-o", "json"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
+    )
     return float(json.loads(out.stdout)[0]["avg_ts"])
 
 
@@ -131,7 +155,9 @@ def prefix_row(folder: Path) -> Row:
 
 def main() -> int:
     """Make both engines' files, measure, record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--llama", type=Path, required=True, help="the folder of llama.cpp's programs")
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--lite", type=Path, help="a folder that bench/engine.py has made (WORK/lite6)")
@@ -148,7 +174,9 @@ def main() -> int:
     for kind in ("Q4_0", "Q4_K_M"):
         files[kind] = options.work / f"{kind}.gguf"
         if not files[kind].exists():
-            subprocess.run([str(options.llama / "llama-quantize"), str(wide), str(files[kind]), kind], check=True)
+            subprocess.run(
+                [str(options.llama / "llama-quantize"), str(wide), str(files[kind]), kind], check=True
+            )
     ours = options.work / "ours"
     if not ours.exists():
         command = [sys.executable, "-m", "rorqual.cli", "quantize", str(wide), str(ours), "--bits", "4"]

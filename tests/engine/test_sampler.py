@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from rorqual.engine.request import SamplingParams
-from rorqual.engine.sampler import keep, sample, sample_rows, shape, uniform
+from rorqual.engine.sampler import Drawable, keep, sample, sample_rows, shape, uniform
 from rorqual.errors import RequestError
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
 
+def row(logits: torch.Tensor) -> Drawable:
+    return Drawable(logits, int(logits.argmax()))
+
+
 def draw(params: SamplingParams, count: int, logits: torch.Tensor = LOGITS) -> Counter[int]:
-    return Counter(sample(logits, params, [], [0] * i, seed=11)[0] for i in range(count))
+    return Counter(sample(row(logits), params, [], [0] * i, seed=11)[0] for i in range(count))
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -64,9 +68,9 @@ def test_penalties_by_their_formulas() -> None:
 
 def test_logprobs_are_of_the_distribution_drawn_from() -> None:
     """vllm-project/vllm#42259: with top_p 0.8 token 0 has 0.5 / 0.8."""
-    _, entry = sample(LOGITS, SamplingParams(top_p=0.8, logprobs=2, logit_bias={0: 9.0}), [], [], 1)
+    _, entry = sample(row(LOGITS), SamplingParams(top_p=0.8, logprobs=2, logit_bias={0: 9.0}), [], [], 1)
     assert entry is not None
-    token, entry = sample(LOGITS, SamplingParams(top_p=0.8, logprobs=2), [], [], 1)
+    token, entry = sample(row(LOGITS), SamplingParams(top_p=0.8, logprobs=2), [], [], 1)
     assert entry is not None
     assert entry.token_id == token
     assert entry.logprob == pytest.approx(math.log({0: 0.5, 1: 0.3}[token] / 0.8), abs=1e-5)
@@ -128,9 +132,11 @@ def test_rows_drawn_together_are_those_drawn_alone() -> None:
         SamplingParams(temperature=(0.0, 0.7, 1.0)[i % 3], top_k=2 * (i % 10 == 9), logprobs=(None, 0)[i % 2])
         for i in range(40)
     ]
-    together = sample_rows(logits, params, list(range(40)), [3 * i for i in range(40)])
-    for i, (row, found) in enumerate(zip(logits, together, strict=True)):
-        token, logprob = sample(row, params[i], [], [0] * i, 3 * i)
+    together = sample_rows(
+        logits, params, list(range(40)), [3 * i for i in range(40)], logits.argmax(-1).tolist()
+    )
+    for i, (one, found) in enumerate(zip(logits, together, strict=True)):
+        token, logprob = sample(row(one), params[i], [], [0] * i, 3 * i)
         if params[i].top_k:
             assert found is None
             continue

@@ -6,6 +6,7 @@ import torch
 from rorqual.kernels import rope
 from rorqual.kernels.native import Native
 from rorqual.kernels.norm import rms_norm_native, rms_norm_reference
+from rorqual.kernels.survey import survey, survey_reference
 from rorqual.model.rope import _half, _interleaved
 
 
@@ -43,3 +44,15 @@ def test_rotation(library: Native, interleaved: bool, dtype: torch.dtype) -> Non
 
 def test_gradients_go_the_plain_way() -> None:
     assert not rope.fits(torch.randn(1, 1, 4), torch.randn(1, 2))
+
+
+@pytest.mark.parametrize("width", [5, 32, 1003])
+def test_survey_equals_its_definition(library: Native, width: int) -> None:
+    x = torch.randn(9, width)
+    x[1, [1, 3]] = 7.0  # the first of equals
+    x[2] = -5.0
+    x[3, -1] = 9.0
+    assert survey(x) == survey_reference(x)
+    for i, bad in enumerate((float("nan"), float("inf"), float("-inf"))):
+        x[4 + i, (i * 7) % width] = bad
+    assert survey(x)[1] == survey_reference(x)[1] == [True] * 4 + [False] * 3 + [True] * 2

@@ -18,21 +18,17 @@ from rorqual.engine.disk_cache import DiskCache, digest
 from rorqual.engine.quantised import is_packed
 from rorqual.engine.request import Delta, EngineStats, FinishReason, Request, TokenLogprob
 from rorqual.engine.runner import Runner
-from rorqual.engine.sampler import sample, sample_rows, top_logprobs
+from rorqual.engine.sampler import Drawable, sample, sample_rows, top_logprobs
 from rorqual.engine.scheduler import Scheduler, Work
 from rorqual.engine.sequence import Sequence
 from rorqual.engine.stop import StopChecker
 from rorqual.errors import CapacityError, ConfigError, RequestError
+from rorqual.kernels.survey import survey
 from rorqual.model.transformer import Transformer
 from rorqual.text.tokenizer import Tokenizer
 
 # uint8: rows of signed bytes and half scales
 CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
-
-
-def _finite(logits: Tensor) -> bool:
-    """Whether all are, by one pass over them: a sum takes up any infinity or NaN."""
-    return bool(logits.sum().isfinite())
 
 
 class Engine:
@@ -205,19 +201,22 @@ class Engine:
         """The next tokens of all; where nothing is guessed, rows that ask for plain sampling are drawn together."""
         counts = [w.guesses + 1 for w in works]  # before any draw adds to a sequence
         drawn: list[tuple[int, TokenLogprob | None] | None] = [None] * len(works)
-        finite = _finite(logits)  # else each row is asked
-        if len(logits) == len(works) > 1 and finite:
+        best, finite = survey(logits)
+        if len(logits) == len(works) > 1 and all(finite):
             sequences = [w.sequence for w in works]
             drawn = sample_rows(
                 logits,
                 [s.request.params for s in sequences],
                 [s.generated for s in sequences],
                 [s.seed for s in sequences],
+                best,
             )
-        parts = logits.split(counts)
-        return [
-            self._draw(w, part, finite, first) for w, part, first in zip(works, parts, drawn, strict=True)
-        ]
+        deltas, at = [], 0
+        for work, count, first in zip(works, counts, drawn, strict=True):
+            rows = [Drawable(logits[i], best[i], finite[i]) for i in range(at, at + count)]
+            deltas.append(self._draw(work, rows, first))
+            at += count
+        return deltas
 
     def stats(self) -> EngineStats:
         s = self.scheduler
@@ -285,38 +284,32 @@ class Engine:
         if not self._sequences:
             assert self.pool.used == 0
 
-    def _draw(
-        self, work: Work, logits: Tensor, finite: bool, first: tuple[int, TokenLogprob | None] | None
-    ) -> Delta:
+    def _draw(self, work: Work, rows: list[Drawable], first: tuple[int, TokenLogprob | None] | None) -> Delta:
         """Draw the next token, where `first` has not done so, and further ones as long as the guesses [G] before them
-        were right; logits [G + 1, V]."""
+        were right; rows: G + 1."""
         sequence, guesses = work.sequence, work.sequence.draft[: work.guesses]
-        delta = self._advance(sequence, logits[0], finite, first)
+        delta = self._advance(sequence, rows[0], first)
         right = 0
         while right < len(guesses) and not delta.finish_reason and delta.token_ids[-1] == guesses[right]:
             right += 1
-            delta.extend(self._advance(sequence, logits[right], finite))
+            delta.extend(self._advance(sequence, rows[right]))
         if not delta.finish_reason:
             self.scheduler.computed(work, wrong=len(guesses) - right)
         return delta
 
     def _advance(
-        self,
-        sequence: Sequence,
-        logits: Tensor,
-        finite: bool,
-        drawn: tuple[int, TokenLogprob | None] | None = None,
+        self, sequence: Sequence, row: Drawable, drawn: tuple[int, TokenLogprob | None] | None = None
     ) -> Delta:
         """Draw one token, unless it is drawn already, and say what is new."""
         params = sequence.request.params
-        if not finite and not _finite(logits):
+        if not row.finite:
             return self._finish(
                 sequence, "error", error="the model gave non-finite logits: its weights or dtype overflow"
             )
         if sequence.max_tokens == 0:
             return self._finish(sequence, "length")
         token, logprob = drawn or sample(
-            logits, params, sequence.request.prompt_ids, sequence.completion, sequence.seed
+            row, params, sequence.request.prompt_ids, sequence.completion, sequence.seed
         )
         sequence.tokens.append(token)
         if params.mask is not None:

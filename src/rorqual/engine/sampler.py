@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +27,22 @@ def uniform(seed: int, index: int) -> float:
     return ((z ^ (z >> 31)) >> 11) / (1 << 53)
 
 
+class Drawable(NamedTuple):
+    """Logits [V] float32 that a token is drawn from, and what `survey` found: the best one's place, whether all are
+    finite."""
+
+    logits: Tensor
+    best: int
+    finite: bool = True
+
+
 def sample(
-    logits: Tensor, params: SamplingParams, prompt: Sequence[int], completion: Sequence[int], seed: int
+    row: Drawable, params: SamplingParams, prompt: Sequence[int], completion: Sequence[int], seed: int
 ) -> tuple[int, TokenLogprob | None]:
-    """Draw the next token from logits [V] (finite, float32), with its log-probability where asked."""
-    scores = shape(logits, params, prompt, completion)
+    """Draw the next token from a finite row, with its log-probability where asked."""
+    scores = shape(row.logits, params, prompt, completion)
     if params.temperature < GREEDY_BELOW:
-        token = int(scores.argmax())
+        token = row.best if scores is row.logits else int(scores.argmax())
         return token, _logprob(scores, token, params.logprobs)
     kept = keep(scores / params.temperature, params)
     cumulative = kept.softmax(-1, dtype=torch.float64).cumsum(-1)
@@ -42,24 +52,35 @@ def sample(
 
 
 def sample_rows(
-    logits: Tensor, params: Sequence[SamplingParams], indices: Sequence[int], seeds: Sequence[int]
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    indices: Sequence[int],
+    seeds: Sequence[int],
+    best: Sequence[int],
 ) -> list[tuple[int, TokenLogprob | None] | None]:
     """`sample` for the rows [M, V] that ask for nothing but a temperature, all at once; None for the others.
 
-    `indices` count the tokens that each row's completion has. The draws are those of `sample`.
+    `indices` count the tokens that each row's completion has, `best` are the places of the rows' largest logits. The
+    draws are those of `sample`.
     """
     drawn: list[tuple[int, TokenLogprob | None] | None] = [None] * len(params)
     rows = [i for i, p in enumerate(params) if _only_temperature(p)]
     if len(rows) < 2:
         return drawn
     picked = logits if len(rows) == len(params) else logits[rows]
+    if all(params[i].temperature < GREEDY_BELOW and params[i].logprobs is None for i in rows):
+        for i in rows:
+            drawn[i] = best[i], None
+        return drawn
     heat = torch.tensor([params[i].temperature for i in rows])
     greedy = heat < GREEDY_BELOW
     scores = picked / torch.where(greedy, 1.0, heat)[:, None]
     cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     points = torch.tensor([uniform(seeds[i], indices[i]) for i in rows], dtype=torch.float64)
     found = torch.searchsorted(cumulative, points[:, None] * cumulative[:, -1:], right=True)
-    tokens = torch.where(greedy, picked.argmax(-1), found[:, 0].clamp(max=logits.shape[1] - 1))
+    tokens = torch.where(
+        greedy, torch.tensor([best[i] for i in rows]), found[:, 0].clamp(max=logits.shape[1] - 1)
+    )
     ids = tokens.tolist()
     if any(params[i].logprobs is not None for i in rows):
         chosen = scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()

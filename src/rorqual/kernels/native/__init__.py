@@ -38,6 +38,7 @@ _SIGNATURES = {
     "gqa": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "rms_norm": [_P, _I, _P, _I, _I, _F, _P, _I],
     "rope": [_P, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _I],
+    "survey": [_P, _I, _I, _P, _P],
     "gated": [_P, _P, _I, _I, _I, _I, _P, _I],
     "gated_back": [_P, _P, _I, _I, _P, _P, _I, _I, _P, _P, _I, _P, _P, _I],
     "layers": [_P, _I, _P, _I, _P, _I],
@@ -67,6 +68,7 @@ class Native:
     gqa: ctypes._NamedFuncPointer
     rms_norm: ctypes._NamedFuncPointer
     rope: ctypes._NamedFuncPointer
+    survey: ctypes._NamedFuncPointer
     gated: ctypes._NamedFuncPointer
     gated_back: ctypes._NamedFuncPointer
     layers: ctypes._NamedFuncPointer

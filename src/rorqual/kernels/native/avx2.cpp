@@ -7,4 +7,5 @@
 #include "decoder.h"
 #include "gated.h"
 
-extern const Kernels kernels_avx2 = {"avx2", linear, experts, rows, mla, gqa, rms_norm, rope, gated, gated_back, layers};
+extern const Kernels kernels_avx2 = {
+    "avx2", linear, experts, rows, mla, gqa, rms_norm, rope, survey, gated, gated_back, layers};

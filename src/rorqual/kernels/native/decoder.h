@@ -6,6 +6,9 @@
 #include "elementwise.h"
 #include "quantised.h"
 
+#include <initializer_list>
+#include <utility>
+
 namespace {
 
 inline void add_to(float* y, const float* x, int64_t count) {
@@ -27,11 +30,15 @@ inline void norm(const float* x, const float* w, int64_t n, int64_t width, float
     rms_norm(x, FLOAT32, w, n, width, eps, y, 1);
 }
 
-// y [n, w.rows] = x [n, w.width] times w, and the bias where there is one.
-inline void project(const Packed& p, const float* x, int64_t n, float* y, int threads) {
-    linear(p.w, x, FLOAT32, p.w.width, n, 1, y, threads);
-    if (p.bias)
-        for (int64_t i = 0; i < n; i++) add_to(y + i * p.w.rows, p.bias, p.w.rows);
+// Each y [n, w.rows] = x [n, w.width] times w, and the bias where there is one.
+inline void project(std::initializer_list<std::pair<const Packed&, float*>> all, const float* x, int64_t n, int threads) {
+    Product some[SIDE_BY_SIDE];
+    int count = 0;
+    for (const auto& [p, y] : all) some[count++] = {p.w, 1, x, p.w.width, y};
+    products(some, count, FLOAT32, n, threads);
+    for (const auto& [p, y] : all)
+        if (p.bias)
+            for (int64_t i = 0; i < n; i++) add_to(y + i * p.w.rows, p.bias, p.w.rows);
 }
 
 // Rows of a cache are float32 or bfloat16.
@@ -100,17 +107,16 @@ void latent_attention(const Layer& l, const Step& s, const float* normed, float*
     static thread_local Scratch q_kept, low_kept, kv_kept, rope_kept, nope_kept, wide_kept, found_kept, values_kept;
     const int64_t n = s.n, heads = l.heads, nope = l.nope, rot = l.rotary, rank = l.rank, qk = nope + rot;
     float* q = q_kept.take<float>(n * heads * qk);
+    float *kv = kv_kept.take<float>(n * (2 * rank + 2 * rot)), *latent = kv + n * (rank + rot), *key = latent + n * rank;
     if (l.q_low.w.rows) {
         const int64_t low = l.q_low.w.rows;
         float* compressed = low_kept.take<float>(2 * n * low);
-        project(l.q_low, normed, n, compressed, threads);
+        project({{l.q_low, compressed}, {l.kv, kv}}, normed, n, threads);
         norm(compressed, l.q_low_norm, n, low, l.latent_eps, compressed + n * low);
-        project(l.q, compressed + n * low, n, q, threads);
+        project({{l.q, q}}, compressed + n * low, n, threads);
     } else {
-        project(l.q, normed, n, q, threads);
+        project({{l.q, q}, {l.kv, kv}}, normed, n, threads);
     }
-    float *kv = kv_kept.take<float>(n * (2 * rank + 2 * rot)), *latent = kv + n * (rank + rot), *key = latent + n * rank;
-    project(l.kv, normed, n, kv, threads);
     for (int64_t i = 0; i < n; i++) norm(kv + i * (rank + rot), l.kv_norm, 1, rank, l.latent_eps, latent + i * rank);
     rope(kv + rank, FLOAT32, rank + rot, rot, s.cosine, s.sine, n, 1, rot, l.interleaved, key, 1);
     float row[4096];
@@ -133,7 +139,7 @@ void latent_attention(const Layer& l, const Step& s, const float* normed, float*
     mla({query, s.request, s.length, n, heads, l.scale}, seen(l.keys, s), rank, rank + rot, found, threads);
     float* values = values_kept.take<float>(n * l.out.w.width);
     linear(l.absorbed_values.w, found, FLOAT32, heads * rank, n, heads, values, threads);
-    project(l.out, values, n, out, threads);
+    project({{l.out, out}}, values, n, threads);
 }
 
 void grouped_attention(const Layer& l, const Step& s, const float* normed, float* out, int threads) {
@@ -142,9 +148,7 @@ void grouped_attention(const Layer& l, const Step& s, const float* normed, float
     float *q = q_kept.take<float>(2 * n * heads * width), *turned = q + n * heads * width;
     float *k = k_kept.take<float>(2 * n * kv_heads * width), *key = k + n * kv_heads * width;
     float* v = v_kept.take<float>(n * kv_heads * width);
-    project(l.q, normed, n, q, threads);
-    project(l.kv, normed, n, k, threads);
-    project(l.v, normed, n, v, threads);
+    project({{l.q, q}, {l.kv, k}, {l.v, v}}, normed, n, threads);
     if (l.q_norm) {
         norm(q, l.q_norm, n * heads, width, l.eps, turned);
         norm(k, l.k_norm, n * kv_heads, width, l.eps, key);
@@ -160,7 +164,7 @@ void grouped_attention(const Layer& l, const Step& s, const float* normed, float
     float* found = found_kept.take<float>(n * heads * width);
     gqa({turned, s.request, s.length, n, heads, l.scale}, seen(l.keys, s), seen(l.values, s), kv_heads, width, found,
         threads);
-    project(l.out, found, n, out, threads);
+    project({{l.out, out}}, found, n, threads);
 }
 
 // One expert that every row chooses.

@@ -82,6 +82,10 @@ EXPORT void rorqual_rope(const void* x, int64_t type, int64_t token_stride, int6
                  interleaved, y, (int)threads);
 }
 
+EXPORT void rorqual_survey(const void* x, int64_t n, int64_t width, void* best, void* finite) {
+    active->survey((const float*)x, n, width, (int64_t*)best, (uint8_t*)finite);
+}
+
 EXPORT void rorqual_gated(const void* gate, const void* up, int64_t type, int64_t stride, int64_t n, int64_t width,
                           void* out, int64_t threads) {
     active->gated(gate, up, type, stride, n, width, out, (int)threads);

@@ -80,4 +80,22 @@ void rope(const void* x, int64_t type, int64_t token_stride, int64_t head_stride
     }
 }
 
+// For each row of x [n, width]: the place of its first largest value, and whether all are finite.
+void survey(const float* x, int64_t n, int64_t width, int64_t* best, uint8_t* finite) {
+    const int64_t whole = width / 16 * 16;
+    for (int64_t i = 0; i < n; i++, x += width) {
+        F top = set1(-INFINITY), poison = zero();
+        for (int64_t c = 0; c < whole; c += 16) {
+            top = max(top, load(x + c));
+            poison = fma(load(x + c), zero(), poison);  // NaN where a value is NaN or infinite, else 0
+        }
+        float most = highest(top), off = sum(poison);
+        for (int64_t c = whole; c < width; c++) most = x[c] > most ? x[c] : most, off += x[c] * 0.0f;
+        finite[i] = off == 0.0f;
+        best[i] = 0;
+        if (finite[i])
+            while (x[best[i]] != most) best[i]++;
+    }
+}
+
 }  // namespace

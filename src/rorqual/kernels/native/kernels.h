@@ -91,6 +91,7 @@ struct Kernels {
                      int threads);
     void (*rope)(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const float* cosine,
                  const float* sine, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads);
+    void (*survey)(const float* x, int64_t n, int64_t width, int64_t* best, uint8_t* finite);
     void (*gated)(const void* gate, const void* up, int64_t type, int64_t stride, int64_t n, int64_t width, void* out,
                   int threads);
     void (*gated_back)(const void* gate, const void* up, int64_t type, int64_t stride, const void* grad,

@@ -138,50 +138,85 @@ inline void add_to(float* to, float by, const float* block, int64_t outputs) {
 
 // y[i, m, :] = W[m] x[i, m, :], or x[i, :] for one matrix. x_stride: values from one row i to the next; within it the
 // inputs of matrix m follow those of m - 1.
-void linear(const Weights& w, const void* x, int64_t x_type, int64_t x_stride, int64_t n, int64_t matrices, float* y,
-            int threads) {
+struct Product {
+    Weights w;
+    int64_t matrices;
+    const void* x;
+    int64_t x_stride;
+    float* y;
+};
+
+constexpr int SIDE_BY_SIDE = 3;  // queries, keys and values
+
+// Products that wait for nothing but their inputs, as one piece of work: each by itself ends with a thread that waits.
+void products(const Product* all, int count, int64_t x_type, int64_t n, int threads) {
     static thread_local Scratch rows_kept, tiles_kept, spans_kept;
-    const int64_t row = row_bytes(w), blocks = blocks_of(w), total = matrices * blocks;
-    uint8_t *rows = rows_kept.take<uint8_t>(matrices * n * row), *tiles = tiles_kept.take<uint8_t>(matrices * n * row);
+    int64_t row[SIDE_BY_SIDE], base[SIDE_BY_SIDE + 1] = {}, chunk[SIDE_BY_SIDE], first[SIDE_BY_SIDE + 1] = {}, work = 0;
+    const int64_t wide = abreast((int)least(n, ROWS));
+    for (int p = 0; p < count; p++) {
+        const Weights& w = all[p].w;
+        const int64_t total = all[p].matrices * blocks_of(w);
+        row[p] = row_bytes(w);
+        base[p + 1] = base[p] + up_to(all[p].matrices * n * row[p], 64);
+        chunk[p] = up_to(most(1, least(n > ROWS ? 4 : 16, total / (4 * threads))), wide);
+        first[p + 1] = first[p] + (total + chunk[p] - 1) / chunk[p];
+        work += all[p].matrices * w.rows * w.width * n;
+    }
+    uint8_t *rows = rows_kept.take<uint8_t>(base[count]), *tiles = tiles_kept.take<uint8_t>(base[count]);
     Span* spans = spans_kept.take<Span>(n);
     const int64_t pieces = cut(0, n, spans);
-    const int64_t wide = abreast((int)least(n, ROWS));
-    const int64_t chunk = up_to(most(1, least(n > ROWS ? 4 : 16, total / (4 * threads))), wide);
-    if (matrices * w.rows * w.width * n < SMALL) threads = 1;
+    if (work < SMALL) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for
-        for (int64_t i = 0; i < matrices * n; i++)
-            quantise_row(w, x, x_type, i % n * x_stride + i / n * w.width, rows + i * row);
+        for (int p = 0; p < count; p++) {
+            const Product& a = all[p];
+#pragma omp for nowait
+            for (int64_t i = 0; i < a.matrices * n; i++)
+                quantise_row(a.w, a.x, x_type, i % n * a.x_stride + i / n * a.w.width, rows + base[p] + i * row[p]);
+        }
+#pragma omp barrier
         if (n > 1) {
-#pragma omp for
-            for (int64_t i = 0; i < matrices * pieces; i++) {
-                const Span s = spans[i % pieces];
-                const uint8_t* from[ROWS];
-                const int64_t base = i / pieces * n + s.first;
-                for (int t = 0; t < s.count; t++) from[t] = rows + (base + t) * row;
-                pack_tile(w, from, s.count, tiles + base * row);
+            for (int p = 0; p < count; p++) {
+#pragma omp for nowait
+                for (int64_t i = 0; i < all[p].matrices * pieces; i++) {
+                    const Span s = spans[i % pieces];
+                    const uint8_t* from[ROWS];
+                    const int64_t at = i / pieces * n + s.first;
+                    for (int t = 0; t < s.count; t++) from[t] = rows + base[p] + (at + t) * row[p];
+                    pack_tile(all[p].w, from, s.count, tiles + base[p] + at * row[p]);
+                }
             }
+#pragma omp barrier
         }
         const uint8_t* packed = n > 1 ? tiles : rows;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t c = 0; c < (total + chunk - 1) / chunk; c++) {
-            const int64_t end = least(total, (c + 1) * chunk);
-            for (int64_t p = 0; p < pieces; p++)
-                for (int64_t b = c * chunk, m = b / blocks; b < end; m++) {
-                    const Span s = spans[p];
+        for (int64_t c = 0; c < first[count]; c++) {
+            int p = 0;
+            while (c >= first[p + 1]) p++;
+            const Product& a = all[p];
+            const int64_t blocks = blocks_of(a.w), begin = (c - first[p]) * chunk[p];
+            const int64_t end = least(a.matrices * blocks, begin + chunk[p]);
+            for (int64_t i = 0; i < pieces; i++)
+                for (int64_t b = begin, m = b / blocks; b < end; m++) {
+                    const Span s = spans[i];
                     const int64_t stop = least(end, (m + 1) * blocks);
-                    block_products(w, b, stop, packed + (m * n + s.first) * row, s.count,
+                    block_products(a.w, b, stop, packed + base[p] + (m * n + s.first) * row[p], s.count,
                                    [&](int64_t at, const float* out) {
                                        const int64_t o = (at - m * blocks) * LANES;
                                        for (int t = 0; t < s.count; t++)
-                                           put(out + t * LANES, y + ((s.first + t) * matrices + m) * w.rows + o,
-                                               w.rows - o);
+                                           put(out + t * LANES, a.y + ((s.first + t) * a.matrices + m) * a.w.rows + o,
+                                               a.w.rows - o);
                                    });
                     b = stop;
                 }
         }
     }
+}
+
+void linear(const Weights& w, const void* x, int64_t x_type, int64_t x_stride, int64_t n, int64_t matrices, float* y,
+            int threads) {
+    const Product one = {w, matrices, x, x_stride, y};
+    products(&one, 1, x_type, n, threads);
 }
 
 inline F silu(F x) { return div(x, add(set1(1.0f), exp(sub(zero(), x)))); }
