@@ -69,12 +69,17 @@ def test_sensitive_matrices_keep_8_bits(fresh) -> None:
     assert model.layers[1].mlp.router.weight.dtype == torch.float32
 
 
-def test_a_head_of_4_bits_is_asked_for_and_never_tied(fresh) -> None:
+def test_a_head_of_4_bits_is_asked_for_and_a_tied_one_is_the_embedding(fresh) -> None:
     model = fresh("gqa", 1)
-    assert quantize.formats(model, 4, head=4)["lm_head"] == Format("int4_min")
-    tied = Transformer(dataclasses.replace(model.config, tie_word_embeddings=True))
-    with pytest.raises(ConfigError, match="head=4"):
-        quantize.formats(tied, 4, head=4)
+    found = quantize.formats(model, 4, head=4)
+    assert (found["lm_head"], found["embed_tokens"]) == (Format("int4_min"), Format("int8"))
+    tied = Transformer(dataclasses.replace(fresh("qwen", 1).config, tie_word_embeddings=True)).init_weights(1)
+    found = quantize.formats(tied, 4, head=4)
+    assert found["embed_tokens"] == found["lm_head"] == Format("int4_min")
+    wide, ids = logits(tied.eval(), torch.arange(40)[None]), torch.arange(40)[None]
+    quantize.quantize(tied, found)
+    assert tied.lm_head.packed is tied.embed_tokens.packed
+    assert (logits(tied, ids) - wide).norm() < 0.5 * wide.norm()
 
 
 @pytest.mark.parametrize("group", [32, 128])
