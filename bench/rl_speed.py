@@ -70,7 +70,7 @@ def ours(folder: Path, load: Load) -> dict[str, float]:
     model, tokenizer = hf.load_model(folder, torch.float32), Tokenizer.load(folder)
     sampler = Sampler(model, tokenizer, sampling, contextlib.nullcontext)
     rate = config.lr
-    optimizer = Optimizer(model.named_parameters(), Optim("adamw", rate, rate, rate, rate, weight_decay=0.0))
+    optimizer = Optimizer(model.named_parameters(), Optim.even("adamw", rate, weight_decay=0.0))
     updater = Updater(config, model, optimizer, contextlib.nullcontext)
     times, tokens = [], 0
     for step in range(load.steps + 1):

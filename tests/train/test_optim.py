@@ -1,5 +1,7 @@
 """Muon and AdamW against their definitions, torch's own AdamW and the singular value decomposition."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -222,3 +224,9 @@ def test_a_tables_update_costs_what_a_batch_reads() -> None:
     named = [("ngram.weight", nn.Parameter(torch.empty(1000, 4, device="meta")))]
     assert flops(Optimizer(named, Optim()), 10) == 10 * 4 * 8
     assert flops(Optimizer(named, Optim()), 5000) == 1000 * 4 * 8
+
+
+def test_even_rates_leave_none_at_its_default() -> None:
+    rates = [f.name for f in dataclasses.fields(Optim) if f.name == "lr" or f.name.endswith("_lr")]
+    assert len(rates) == 5
+    assert all(getattr(Optim.even("adamw", 1e-5), name) == 1e-5 for name in rates)

@@ -153,11 +153,8 @@ class Loop:
 
     def _optimizer(self) -> Optimizer:
         c = self.config
-        rates = (c.lr, c.lr, c.lr, c.lr)
-        if c.optimizer == "muon":
-            rule = Optim("muon", *rates, weight_decay=c.weight_decay, betas=c.betas, momentum_start=0.95)
-        else:
-            rule = Optim("adamw", *rates, weight_decay=c.weight_decay, betas=c.betas)
+        more = {"momentum_start": 0.95} if c.optimizer == "muon" else {}
+        rule = Optim.even(c.optimizer, c.lr, weight_decay=c.weight_decay, betas=c.betas, **more)
         return Optimizer(self.model.named_parameters(), rule)
 
     # Reinforcement

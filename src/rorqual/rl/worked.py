@@ -26,9 +26,9 @@ from rorqual.train.optim import Optimizer, clip_
 def optimizer(model: Transformer, cold: ColdStart) -> Optimizer:
     """At the rates that a worked example deserves: Muon's defaults scaled, or AdamW at one rate."""
     if cold.optimizer == "adamw":
-        config = Optim("adamw", cold.lr, cold.lr, cold.lr, cold.lr, weight_decay=0.0)
+        config = Optim.even("adamw", cold.lr, weight_decay=0.0)
     else:
-        config = Optim("muon", cold.lr, cold.lr * 3, cold.lr, cold.lr)
+        config = Optim.even("muon", cold.lr, embedding_lr=cold.lr * 3)
     return Optimizer(model.named_parameters(), config)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rorqual.errors import ConfigError
 from rorqual.parallel.config import Parallel
@@ -21,11 +21,11 @@ class Optim:
     name: Literal["muon", "adamw"] = "muon"
     lr: float = 0.008  # of matrices
     embedding_lr: float = 0.03  # of embeddings
-    table_lr: float = 1.0  # of pair and triple tables, whose rows are updated when a batch reads them
     head_lr: float = 0.006
     vector_lr: float = 0.01  # of norms, biases, routers
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW
+    table_lr: float = 1.0  # of pair and triple tables, whose rows are updated when a batch reads them
     table_memory: float = 0.99  # share of a row's squared gradients that its next update keeps
     momentum: float = 0.95  # Muon
     momentum_start: float = 0.85  # where the momentum begins
@@ -33,6 +33,12 @@ class Optim:
     even_rows: bool = True  # NorMuon's second moments of rows
     clip: float = 1.0  # norm of all gradients; 0: never
     bias_speed: float = 0.01  # of the experts' selection biases, per step
+
+    @classmethod
+    def even(cls, name: Literal["muon", "adamw"], lr: float, **more: Any) -> Optim:
+        """One rate for every kind of parameter, as a model that is trained already is tuned with."""
+        rates = dict.fromkeys(("lr", "embedding_lr", "head_lr", "vector_lr", "table_lr"), lr)
+        return cls(name, **(rates | more))
 
     def __post_init__(self) -> None:
         for name in ("lr", "embedding_lr", "table_lr", "head_lr", "vector_lr"):

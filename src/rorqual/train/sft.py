@@ -62,7 +62,7 @@ class SftConfig:
         return TrainConfig(
             out=self.out,
             data=self.data,
-            optim=Optim("adamw", lr, lr, lr, lr, weight_decay=0.0),
+            optim=Optim.even("adamw", lr, weight_decay=0.0),
             schedule=Schedule("cosine", warmup=0.05, floor=0.1),
             steps=steps,
             batch_size=self.batch_size,
