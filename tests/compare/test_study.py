@@ -16,7 +16,10 @@ from rorqual.compare.setting import BASE, RECIPE, Setting
 from rorqual.compare.study import Pools, Study, equivalent_steps, last_passing
 from rorqual.errors import ConfigError
 
-SMALL = Budget("test", steps=640, seeds=3, control_seeds=2, fractions=(2, 4, 8), rates=(0.01, 0.02, 0.04))
+SMALL = Budget(
+    "test", steps=640, seeds=3, control_seeds=2, fractions=(2, 4, 8), rates=(0.01, 0.02, 0.04),
+    embedding_rates=(0.1, 0.2, 0.4),
+)  # fmt: skip
 
 
 def result(job: Job, loss: float) -> Result:
@@ -41,7 +44,14 @@ class Law:
             self.asked.append(job)
             steps = job.steps * (self.gain if job.setting.name == "recipe" else 1.0)
             rate = dict(job.setting.more).get("optim.lr", self.best)
-            loss = 7 - log2(steps) / 3 + 0.1 * abs(log2(rate / self.best)) + self.noise * (job.seed - 1)
+            table = dict(job.setting.more).get("optim.embedding_lr", 0.2)
+            loss = (
+                7
+                - log2(steps) / 3
+                + 0.1 * abs(log2(rate / self.best))
+                + 0.1 * abs(log2(table / 0.2))
+                + self.noise * (job.seed - 1)
+            )
             found.append(result(job, loss))
         return found
 
@@ -66,11 +76,11 @@ def test_one_seed_that_misses_the_loss_fails_the_point() -> None:
 
 def test_the_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
     base, runs = study(Law(1, best=0.16)).sweep()
-    assert [rate for rate, _ in runs] == [0.01, 0.02, 0.04, 0.08, 0.16]
+    assert [t.rate for t in runs if t.key == "optim.lr"] == [0.01, 0.02, 0.04, 0.08, 0.16]
     assert dict(base.more)["optim.lr"] == 0.16
     base, runs = study(Law(1)).sweep()
-    assert dict(base.more)["optim.lr"] == 0.02
-    assert len(runs) == 3
+    assert dict(base.more) == {"optim.lr": 0.02, "optim.embedding_lr": 0.2}
+    assert len(runs) == 6
 
 
 def test_long_runs_are_spared() -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from rorqual.checkpoint.files import write_whole
 from rorqual.compare.budget import Budget
-from rorqual.compare.job import Result
-from rorqual.compare.study import Match, Point
+from rorqual.compare.study import Match, Point, Tried
 from rorqual.config import to_dict
 from rorqual.device import machine
 from rorqual.train.metrics import Log
@@ -38,7 +37,7 @@ class Findings:
     """All that a comparison measured."""
 
     budget: Budget
-    sweep: list[tuple[float, Result]] = field(default_factory=list)
+    sweep: list[Tried] = field(default_factory=list)
     matches: dict[str, Match] = field(default_factory=dict)
     factors: list[Factor] = field(default_factory=list)
     caches: list[Point] = field(default_factory=list)
@@ -60,7 +59,7 @@ class Findings:
             "budget": to_dict(self.budget),
             "machine": machine(),
             "seconds": self.seconds,
-            "sweep": [{"lr": rate, "loss": r.loss} for rate, r in self.sweep],
+            "sweep": [{"key": t.key, "rate": t.rate, "loss": t.result.loss} for t in self.sweep],
             "matches": {name: match_tree(m) for name, m in self.matches.items()},
             "factors": [
                 {"part": f.part, "kind": f.kind, "factors": f.factors, "losses": f.point.losses} for f in self.factors
@@ -153,7 +152,9 @@ def page(found: Findings) -> str:
         *(_match(name, match) for name, match in found.matches.items()),
         _factors(found.factors),
         "<h2>The baseline's sweep</h2>",
-        _table(["rate of matrices", "held-out loss"], [[f"{lr:g}", f"{r.loss:.4f}"] for lr, r in found.sweep]),
+        _table(
+            ["key", "rate", "held-out loss"], [[t.key, f"{t.rate:g}", f"{t.result.loss:.4f}"] for t in found.sweep]
+        ),
         "<h2>What each setting is made of</h2>",
         _table(["setting", "parameters", "active", "in tables", "cache bytes a token", "optimizer's share of FLOPs"], [
             [p.setting, f"{p.results[0].parameters:,}", f"{p.results[0].active:,}", f"{p.results[0].tables:,}",

@@ -29,6 +29,15 @@ class Pools:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A rate of the baseline's sweep and its run."""
+
+    key: str
+    rate: float
+    result: Result
+
+
+@dataclass(frozen=True)
 class Point:
     """A setting at one number of steps, all seeds."""
 
@@ -101,17 +110,28 @@ class Study:
             setting, self.budget, steps, seed, data or self.pools.built, self.pools.built, self.pools.runs
         )
 
-    def sweep(self) -> tuple[Setting, list[tuple[float, Result]]]:
-        """The baseline at its best rate, and (rate, run) of all: further ones are tried while the best lies at an end."""
-        b = self.budget
-        rates, more = list(b.rates), b.more_rates
+    def sweep(self) -> tuple[Setting, list[Tried]]:
+        """The baseline at its best rates, one after the other, and all runs: further ones are tried while the best lies
+        at an end."""
+        found, tried = BASE, []
+        for key, rates in (
+            ("optim.lr", self.budget.rates),
+            ("optim.embedding_lr", self.budget.embedding_rates),
+        ):
+            found, more = self._sweep(found, key, list(rates))
+            tried += more
+        return found, tried
+
+    def _sweep(self, setting: Setting, key: str, rates: list[float]) -> tuple[Setting, list[Tried]]:
+        b, left = self.budget, self.budget.more_rates
         while True:
-            results = self.pool.all(self.job(BASE.at(optim__lr=rate), b.steps, 0) for rate in rates)
+            arms = [setting.at(**{key.replace(".", "__"): rate}) for rate in rates]
+            results = self.pool.all(self.job(arm, b.steps, 0) for arm in arms)
             best = min(range(len(rates)), key=lambda i: results[i].loss)
-            if 0 < best < len(rates) - 1 or not more:
-                return BASE.at(optim__lr=rates[best]), list(zip(rates, results, strict=True))
+            if 0 < best < len(rates) - 1 or not left:
+                return arms[best], [Tried(key, rate, r) for rate, r in zip(rates, results, strict=True)]
             rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
-            more -= 1
+            left -= 1
 
     def match(self, recipe: Setting, baseline: Setting, seeds: int, data: Path | None = None) -> Match:
         """Where the recipe passes the baseline. `data`: the pool of the baseline, where it is another."""
