@@ -18,7 +18,7 @@ from rorqual.errors import ConfigError
 
 SMALL = Budget(
     "test", steps=640, seeds=3, control_seeds=2, fractions=(2, 4, 8), rates=(0.01, 0.02, 0.04),
-    embedding_rates=(0.1, 0.2, 0.4),
+    embedding_rates=(0.1, 0.2, 0.4), head_rates=(0.1, 0.2, 0.4),
 )  # fmt: skip
 
 
@@ -79,8 +79,8 @@ def test_the_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
     assert [t.rate for t in runs if t.key == "optim.lr"] == [0.01, 0.02, 0.04, 0.08, 0.16]
     assert dict(base.more)["optim.lr"] == 0.16
     base, runs = study(Law(1)).sweep()
-    assert dict(base.more) == {"optim.lr": 0.02, "optim.embedding_lr": 0.2}
-    assert len(runs) == 6
+    assert dict(base.more) == {"optim.lr": 0.02, "optim.embedding_lr": 0.2, "optim.head_lr": 0.2}
+    assert len(runs) == 9
 
 
 def test_long_runs_are_spared() -> None:

@@ -13,13 +13,13 @@ Overrides = Mapping[str, Any]
 
 BASELINE: Overrides = {
     # No straw man: initialised for its width (shape.initializer_range is 1/sqrt(width) by default), embeddings at a
-    # rate of their own, both rates swept, its output projections drawn as its class has them.
+    # rate of their own, every rate swept, its output projections drawn as its class has them.
     "shape.family": "llama",
     "shape.zero_output": False,
     "optim.name": "adamw",
     "optim.lr": 0.004,
-    "optim.embedding_lr": 0.04,
-    "optim.head_lr": 0.008,
+    "optim.embedding_lr": 0.12,
+    "optim.head_lr": 0.025,
     "schedule.name": "cosine",
     "schedule.warmup": 0.05,
     "schedule.floor": 0.1,

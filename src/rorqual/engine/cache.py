@@ -17,7 +17,7 @@ class PagedCache:
         self, config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device, mtp: bool = False
     ) -> None:
         """`mtp`: one layer more, of the first multi-token prediction module."""
-        self.slots, self.dtype = slots, dtype
+        self.slots, self.dtype, self.device = slots, dtype, device
         self.rank = config.kv_lora_rank or 0
         layers = config.num_hidden_layers + mtp
         self.experts: Tensor | None = None  # [slots, MoE layers, K] int16, where they are recorded

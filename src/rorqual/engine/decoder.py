@@ -117,7 +117,7 @@ class Decoder:
 def decoder(model: Transformer, cache: PagedCache) -> Decoder | None:
     """The call for this model and cache, or None where its modules compute one by one."""
     library = native()
-    if library is None or (cache.latent or cache.keys)[0].device.type != "cpu":
+    if library is None or cache.device.type != "cpu":
         return None
     try:
         return Decoder(model, cache, library)

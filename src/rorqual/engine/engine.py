@@ -56,7 +56,8 @@ class Engine:
         size = self.config.block_size
         self.max_model_len = self._choose_length(blocks * size)
         self.pool = BlockPool(blocks)
-        self.cache = PagedCache(model.config, blocks * size, dtype, torch.device("cpu"), self.config.mtp)
+        device = model.embed_tokens.weight.device if not is_packed(model) else next(model.parameters()).device
+        self.cache = PagedCache(model.config, blocks * size, dtype, device, self.config.mtp)
         self.scheduler = Scheduler(self.pool, self.config, self._disk_cache())
         self.runner = Runner(model, self.cache, size, self.config.batch_invariant)
         self.weights_version = 0

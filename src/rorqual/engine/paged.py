@@ -6,6 +6,7 @@ MLA takes the absorbed form for decoding and where the cached context outweighs 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from rorqual.kernels.gqa_attention import gqa_attention
 from rorqual.kernels.mla_attention import mla_attention
 from rorqual.kernels.native import native
 from rorqual.kernels.paged import PagedRows
+from rorqual.kernels.triton import has_triton
 
 if TYPE_CHECKING:
     from rorqual.model.gqa import GQA
@@ -53,7 +55,7 @@ class Span:
 
 def slots(blocks: Tensor, start: int, end: int, block_size: int) -> Tensor:
     """Cache rows of the tokens from `start` to `end` of a sequence."""
-    at = torch.arange(start, end)
+    at = torch.arange(start, end, device=blocks.device)
     return blocks[at // block_size] * block_size + at % block_size
 
 
@@ -66,22 +68,25 @@ class Paged:
         self.new_slots = torch.cat([s.new_slots for s in spans])
         self._chunks = [s for s in spans if s.count > 1 or s.start == 0]
         decodes = [s for s in spans if s.count == 1 and s.start > 0]
-        self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long)
+        device = cache.device
+        self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long, device=device)
         self._native: PagedRows | None = None
-        self._fast = native() is not None and (cache.latent or cache.keys)[0].device.type == "cpu"
+        # Kernels that follow block tables: natively on a CPU, in Triton on CUDA (latents alone).
+        self._fast = native() is not None if device.type == "cpu" else bool(cache.latent) and has_triton()
         if decodes and self._fast:
-            lengths = torch.tensor([s.total for s in decodes], dtype=torch.int32)
+            lengths = torch.tensor([s.total for s in decodes], dtype=torch.int32, device=device)
             table = torch.nn.utils.rnn.pad_sequence([s.blocks for s in decodes], batch_first=True).int()
-            requests = torch.arange(len(decodes), dtype=torch.int32)
+            requests = torch.arange(len(decodes), dtype=torch.int32, device=device)
             self._native = PagedRows(table, requests, lengths, decodes[0].block_size)
         elif decodes:
-            longest = max(s.total for s in decodes)
-            self._gather = torch.zeros(len(decodes), longest, dtype=torch.long)
-            lengths = torch.tensor([s.total for s in decodes])
+            totals = [s.total for s in decodes]
+            longest = max(totals)
+            self._gather = torch.zeros(len(decodes), longest, dtype=torch.long, device=device)
             for i, s in enumerate(decodes):
                 self._gather[i, : s.total] = s.slots
-            self._mask = (torch.arange(longest) < lengths[:, None])[:, None, None]
-            self._even = bool((lengths == longest).all())
+            seen = torch.arange(longest, device=device) < torch.tensor(totals, device=device)[:, None]
+            self._mask = seen[:, None, None]
+            self._even = min(totals) == longest
 
     def previous_ids(self, ids: Tensor, count: int) -> tuple[Tensor, ...]:
         return self._previous[:count]
@@ -165,9 +170,9 @@ def absorbed_is_cheaper(new: int, total: int, attn: MLA) -> bool:
 def _tail_rows(span: Span) -> PagedRows:
     """The new tokens of one sequence over its gathered rows, each seeing up to itself."""
     total = span.total
-    lengths = torch.arange(span.start + 1, total + 1, dtype=torch.int32)
-    request = torch.zeros(span.count, dtype=torch.int32)
-    return PagedRows(torch.arange(total, dtype=torch.int32)[None], request, lengths, 1)
+    make = functools.partial(torch.arange, dtype=torch.int32, device=span.blocks.device)
+    lengths, request = make(span.start + 1, total + 1), make(span.count) * 0
+    return PagedRows(make(total)[None], request, lengths, 1)
 
 
 def _causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, span: Span) -> Tensor:
@@ -175,5 +180,5 @@ def _causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, span: Span) -> T
     if span.start == 0:
         return attention(q, k, v, scale, causal=True)
     total = span.start + span.count
-    mask = torch.ones(span.count, total, dtype=torch.bool).tril(span.start)[None, None]
+    mask = torch.ones(span.count, total, dtype=torch.bool, device=q.device).tril(span.start)[None, None]
     return attention(q, k, v, scale, mask)

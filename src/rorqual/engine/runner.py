@@ -20,7 +20,7 @@ from rorqual.model.transformer import Transformer
 
 
 class Runner:
-    """Turns work into hidden states: gathers tokens, positions and slots and runs the layers once."""
+    """Turns work into hidden states: gathers tokens, positions and slots and runs the layers once, where the cache is."""
 
     def __init__(self, model: Transformer, cache: PagedCache, block_size: int, alone: bool = False) -> None:
         self.model, self.cache, self.block_size = model, cache, block_size
@@ -34,7 +34,7 @@ class Runner:
     def record_experts(self) -> None:
         """From now on keep beside each cached token which experts computed it."""
         shape = (self.cache.slots, len(self.moe_layers), self.model.config.num_experts_per_tok)
-        self.cache.experts = torch.zeros(shape, dtype=torch.int16)
+        self.cache.experts = torch.zeros(shape, dtype=torch.int16, device=self.cache.device)
         self.decoder = None
 
     @torch.inference_mode()
@@ -101,9 +101,9 @@ class Runner:
             for found, n in zip(before, back, strict=True):
                 found += [tokens[max(at - n, 0)] for at in range(work.start, end)]
             positions += range(work.start, end)
-        attend = Paged(self.cache, spans, tuple(torch.tensor(found) for found in before))
+        attend = Paged(self.cache, spans, tuple(self._tensor(found) for found in before))
         routing = None if self.cache.experts is None else Routing()
-        h: Tensor = model(torch.tensor(ids), torch.tensor(positions), attend, routing)
+        h: Tensor = model(self._tensor(ids), self._tensor(positions), attend, routing)
         if self.cache.experts is not None and routing is not None:
             chosen = torch.stack([routing.chosen[layer] for layer in self.moe_layers], 1)
             self.cache.experts[attend.new_slots] = chosen.to(torch.int16)
@@ -131,7 +131,7 @@ class Runner:
                 positions += range(work.start, s.computed)
                 rows += range(first, first + count)
             attend = Paged(self.cache, spans, ())
-            further = model.predict_further(0, h[rows], torch.tensor(ids), torch.tensor(positions), attend)
+            further = model.predict_further(0, h[rows], self._tensor(ids), self._tensor(positions), attend)
             last = [span.row + span.count - 1 for span in spans]
             best = model.logits(further[last]).argmax(-1).tolist()
             for i, token in zip(members, best, strict=True):
@@ -141,18 +141,21 @@ class Runner:
     def experts(self, blocks: Sequence[int], length: int) -> Tensor:
         """What was recorded of a sequence's first `length` tokens [length, MoE layers, K]."""
         assert self.cache.experts is not None
-        return self.cache.experts[slots(torch.tensor(blocks), 0, length, self.block_size)]
+        return self.cache.experts[slots(self._tensor(blocks), 0, length, self.block_size)].cpu()
 
     @torch.inference_mode()
     def logits(self, h: Tensor) -> Tensor:
-        """h [M, D] → [M, V] float32."""
+        """h [M, D] → [M, V] float32, on the CPU, where tokens are drawn."""
         if self.alone:
-            return torch.cat([self.model.logits(row[None]) for row in h]).float()
-        return self.model.logits(h).float()
+            return torch.cat([self.model.logits(row[None]) for row in h]).float().cpu()
+        return self.model.logits(h).float().cpu()
+
+    def _tensor(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.cache.device)
 
     def _span(self, row: int, start: int, count: int, blocks: Sequence[int]) -> Span:
         used = -(-(start + count) // self.block_size)
-        return Span(row, start, count, torch.tensor(blocks[:used]), self.block_size)
+        return Span(row, start, count, self._tensor(blocks[:used]), self.block_size)
 
 
 def _by_weights(works: Sequence[Work]) -> dict[Adapter | None, list[int]]:

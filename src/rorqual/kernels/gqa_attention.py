@@ -16,7 +16,7 @@ from rorqual.kernels.paged import PagedRows, cached_values
 
 def gqa_attention_reference(q: Tensor, keys: Tensor, values: Tensor, rows: PagedRows, scale: float) -> Tensor:
     """The definition: one query row after the other."""
-    out = torch.zeros(q.shape)
+    out = torch.zeros(q.shape, device=q.device)
     for i in range(len(q)):
         k, v = (cached_values(x[rows.slots(i)], q.shape[-1]).transpose(0, 1)[None] for x in (keys, values))
         if k.shape[2]:

@@ -19,7 +19,7 @@ from rorqual.kernels.triton import has_triton
 
 def mla_attention_reference(q: Tensor, cache: Tensor, rows: PagedRows, rank: int, scale: float) -> Tensor:
     """The definition: one query row after the other."""
-    out = torch.zeros(*q.shape[:2], rank)
+    out = torch.zeros(*q.shape[:2], rank, device=q.device)
     for i in range(len(q)):
         keys = cached_values(cache[rows.slots(i)], q.shape[-1])[None, None]
         if keys.shape[2]:

@@ -27,7 +27,9 @@ class PagedRows:
         """The cache rows that a query row sees, in order."""
         count = int(self.length[row])
         blocks = self.table[int(self.request[row]), : -(-count // self.block_size)].long()
-        return (blocks[:, None] * self.block_size + torch.arange(self.block_size)).flatten()[:count]
+        return (
+            blocks[:, None] * self.block_size + torch.arange(self.block_size, device=blocks.device)
+        ).flatten()[:count]
 
 
 def row_bytes(width: int) -> int:
