@@ -44,13 +44,10 @@ class Law:
             self.asked.append(job)
             steps = job.steps * (self.gain if job.setting.name == "recipe" else 1.0)
             rate = dict(job.setting.more).get("optim.lr", self.best)
-            table = dict(job.setting.more).get("optim.embedding_lr", 0.2)
+            more = dict(job.setting.more)
+            off = sum(abs(log2(more.get(f"optim.{k}_lr", 0.2) / 0.2)) for k in ("embedding", "head"))
             loss = (
-                7
-                - log2(steps) / 3
-                + 0.1 * abs(log2(rate / self.best))
-                + 0.1 * abs(log2(table / 0.2))
-                + self.noise * (job.seed - 1)
+                7 - log2(steps) / 3 + 0.1 * (abs(log2(rate / self.best)) + off) + self.noise * (job.seed - 1)
             )
             found.append(result(job, loss))
         return found

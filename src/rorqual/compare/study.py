@@ -117,6 +117,7 @@ class Study:
         for key, rates in (
             ("optim.lr", self.budget.rates),
             ("optim.embedding_lr", self.budget.embedding_rates),
+            ("optim.head_lr", self.budget.head_rates),
         ):
             found, more = self._sweep(found, key, list(rates))
             tried += more
