@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.device import format_bytes
+from rorqual.device import format_bytes, resolve_device
 from rorqual.engine.adapters import Adapter
 from rorqual.engine.blocks import BlockPool, Hash, root_hash
 from rorqual.engine.cache import PagedCache, token_bytes
@@ -56,7 +56,11 @@ class Engine:
         size = self.config.block_size
         self.max_model_len = self._choose_length(blocks * size)
         self.pool = BlockPool(blocks)
-        device = model.embed_tokens.weight.device if not is_packed(model) else next(model.parameters()).device
+        device = next(model.parameters()).device
+        if self.config.device != "auto" and resolve_device(self.config.device).type != device.type:
+            raise ConfigError(
+                f"device={self.config.device!r}: the model's weights are on {device}; move them there"
+            )
         self.cache = PagedCache(model.config, blocks * size, dtype, device, self.config.mtp)
         self.scheduler = Scheduler(self.pool, self.config, self._disk_cache())
         self.runner = Runner(model, self.cache, size, self.config.batch_invariant)

@@ -12,7 +12,7 @@ import torch
 
 from rorqual.checkpoint import hf
 from rorqual.checkpoint.loaded import Model, load, locate
-from rorqual.device import resolve_dtype
+from rorqual.device import resolve_device, resolve_dtype
 from rorqual.engine import packed_folder
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
@@ -83,7 +83,13 @@ class LLM:
     def __init__(
         self, model: str | Path | Model, config: EngineConfig | None = None, dtype: str = "auto"
     ) -> None:
-        self.loaded = model if isinstance(model, Model) else load_any(model, dtype)
+        config = config or EngineConfig()
+        if isinstance(model, Model):
+            self.loaded = model
+        else:
+            device = resolve_device(config.device)
+            self.loaded = load_any(model, dtype)
+            self.loaded.model.to(device)
         self.tokenizer = self.loaded.tokenizer
         self.engine = Engine(self.loaded.model, self.tokenizer, config)
         self._cost = cost(self.loaded.config)

@@ -69,12 +69,12 @@ class Paged:
         self._chunks = [s for s in spans if s.count > 1 or s.start == 0]
         decodes = [s for s in spans if s.count == 1 and s.start > 0]
         device = cache.device
-        self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long, device=device)
+        self._rows = torch.tensor([s.row for s in decodes], dtype=torch.long).to(device)
         self._native: PagedRows | None = None
         # Kernels that follow block tables: natively on a CPU, in Triton on CUDA (latents alone).
         self._fast = native() is not None if device.type == "cpu" else bool(cache.latent) and has_triton()
         if decodes and self._fast:
-            lengths = torch.tensor([s.total for s in decodes], dtype=torch.int32, device=device)
+            lengths = torch.tensor([s.total for s in decodes], dtype=torch.int32).to(device)
             table = torch.nn.utils.rnn.pad_sequence([s.blocks for s in decodes], batch_first=True).int()
             requests = torch.arange(len(decodes), dtype=torch.int32, device=device)
             self._native = PagedRows(table, requests, lengths, decodes[0].block_size)
@@ -84,7 +84,7 @@ class Paged:
             self._gather = torch.zeros(len(decodes), longest, dtype=torch.long, device=device)
             for i, s in enumerate(decodes):
                 self._gather[i, : s.total] = s.slots
-            seen = torch.arange(longest, device=device) < torch.tensor(totals, device=device)[:, None]
+            seen = torch.arange(longest, device=device) < torch.tensor(totals).to(device)[:, None]
             self._mask = seen[:, None, None]
             self._even = min(totals) == longest
 

@@ -151,7 +151,7 @@ class Runner:
         return self.model.logits(h).float().cpu()
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, device=self.cache.device)
+        return torch.tensor(numbers).to(self.cache.device)
 
     def _span(self, row: int, start: int, count: int, blocks: Sequence[int]) -> Span:
         used = -(-(start + count) // self.block_size)
