@@ -80,6 +80,7 @@ def measure(engine: Engine, options: BenchOptions, bandwidth: float, peak: float
     first_token(
         engine, min(256, engine.max_model_len - 2)
     )  # weights that are mapped from a file come into memory
+    decode(engine, 1, 16, options.tokens)  # and threads, scratch and branches into their places
     for context in (c for c in options.contexts if c + options.tokens < engine.max_model_len):
         speed = decode(engine, 1, context, options.tokens)
         read = weights + context * token_bytes(engine.model.config, engine.cache.dtype)

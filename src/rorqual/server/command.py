@@ -124,7 +124,7 @@ def _loader(options: ServeOptions) -> Callable[[str, Path], Served] | None:
     from rorqual.server.loading import load_served
 
     return lambda name, path: load_served(
-        name, path, options.settings.max_open, options.engine, options.dtype
+        name, path, options.settings.max_open, options.engine, options.dtype, options.settings.pairs_from
     )
 
 

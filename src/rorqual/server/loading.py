@@ -26,7 +26,9 @@ def scripted(name: str, script: Path | Script, max_open: int) -> Served:
     return Served(name, engine.tokenizer, ScriptedTemplate(thinks=read.thinks), Bridge(engine, max_open))
 
 
-def load_served(name: str, path: Path, max_open: int, config: EngineConfig, dtype: str) -> Served:
+def load_served(
+    name: str, path: Path, max_open: int, config: EngineConfig, dtype: str, pairs_from: int = 0
+) -> Served:
     """A model folder or file behind the engine."""
     from rorqual.engine.llm import LLM
 
@@ -37,7 +39,7 @@ def load_served(name: str, path: Path, max_open: int, config: EngineConfig, dtyp
         name,
         llm.tokenizer,
         llm.loaded.template,
-        Bridge(llm.engine, max_open, compute()),
+        Bridge(llm.engine, max_open, compute(), pairs_from),
         flops=getattr(llm, "flops", None),
     )
 
