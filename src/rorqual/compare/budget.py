@@ -24,8 +24,8 @@ class Budget:
     pool_mb: float = 40.0  # of text that the pool is built from
     fractions: tuple[float, ...] = (1.5, 2, 2.5, 3, 4, 5, 5.5, 6, 8, 10)
     rates: tuple[float, ...] = (0.002, 0.004, 0.008)  # of the baseline's matrices
-    embedding_rates: tuple[float, ...] = (0.06, 0.12, 0.25)
-    head_rates: tuple[float, ...] = (0.012, 0.025, 0.05)
+    embedding_rates: tuple[float, ...] = (0.02, 0.04, 0.08)
+    head_rates: tuple[float, ...] = (0.004, 0.008, 0.016)
     more_rates: int = 2  # further ones of each where the best lies at an end
     seeds: int = 3
     control_seeds: int = 3
