@@ -30,12 +30,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "v2": ("mla", V2 | {"topk_method": "greedy"}),
     "v2 in groups, scaled after": ("mla", V2 | GROUPS | {"topk_method": "group_limited_greedy"}),
     "low-rank queries, half rotation": ("mla", {"q_lora_rank": 12, "rope_interleave": False, "n_shared_experts": 0}),
+    "with norms of queries and keys": ("mla", {"qk_norm": True, "architecture": "RorqualForCausalLM"}),
     "qwen3": ("qwen", {}),
     "qwen2": ("qwen", {"architecture": "Qwen2ForCausalLM", "qk_norm": False, "qkv_bias": True}),
 }  # fmt: skip
 
 
-def packed(config: ModelConfig, bits: int) -> Transformer:
+def made(config: ModelConfig, bits: int) -> Transformer:
+    """A model of weights of 4, 8 or 32 bits."""
     model = Transformer(config).init_weights(3).eval()
     for name, p in model.named_parameters():
         if name.endswith("bias") or "norm" in name:  # as training leaves them
@@ -43,7 +45,7 @@ def packed(config: ModelConfig, bits: int) -> Transformer:
     for _, router in model.routers():
         if router.e_score_correction_bias is not None:
             router.e_score_correction_bias.normal_(0, 0.1)
-    return quantize.quantize(model, quantize.formats(model, bits))
+    return model if bits == 32 else quantize.quantize(model, quantize.formats(model, bits))
 
 
 @pytest.fixture(params=ISAS)
@@ -67,13 +69,13 @@ def work(name: str, blocks: list[int], length: int, start: int, count: int) -> W
     return Work(s, start, count)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_to_the_modules(name: str, bits: int, dtype: torch.dtype, isa: str) -> None:
     """One row of each sequence at a time by the modules; all rows of a chunk, and chunks of others, in one call."""
     kind, changes = MODELS[name]
-    model = packed(dataclasses.replace(CONFIGS[kind], **changes), bits)
+    model = made(dataclasses.replace(CONFIGS[kind], **changes), bits)
     caches = [PagedCache(model.config, 64, dtype, torch.device("cpu")) for _ in range(2)]
     for rows in zip(*(c.rows for c in caches), strict=True):
         rows[0].normal_(generator=torch.Generator().manual_seed(1))
@@ -110,15 +112,55 @@ def test_the_engine_uses_it(fresh: Callable[[str, int], Transformer]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "what"), [("gqa", "tables or smear"), ("mla", "not packed")], ids=["extensions", "wide weights"]
+    ("kind", "dtype", "what"),
+    [("gqa", torch.float32, "tables or smear"), ("mla", torch.bfloat16, "below float32")],
+    ids=["extensions", "bfloat16"],
 )
 def test_what_the_call_does_not_know_is_computed_by_modules(
-    kind: str, what: str, fresh: Callable[[str, int], Transformer]
+    kind: str, dtype: torch.dtype, what: str, fresh: Callable[[str, int], Transformer]
 ) -> None:
-    model, library = fresh(kind, 1), native()
+    model, library = fresh(kind, 1).to(dtype), native()
     if library is None:
         pytest.skip("no native library")
     cache = PagedCache(model.config, 16, torch.float32, torch.device("cpu"))
     with pytest.raises(Unfit, match=what):
         Decoder(model, cache, library)
     assert decoder.decoder(model, cache) is None
+
+
+def test_weights_that_change_are_taken_over(fresh: Callable[[str, int], Transformer]) -> None:
+    model, other = fresh("mla", 1), fresh("mla", 2)
+    engine = Engine(model, config=EngineConfig(block_size=4, cache_tokens=64))
+    if engine.runner.decoder is None:
+        pytest.skip("no native library")
+
+    def answer() -> list[int]:
+        engine.add(Request("r", [1, 2, 3], SamplingParams(max_tokens=8, temperature=0)))
+        out: list[int] = []
+        while engine.has_work():
+            out += [t for d in engine.step() for t in d.token_ids]
+        return out
+
+    first = answer()
+    engine.update_weights(dict(other.state_dict()))
+    engine.runner.decoder, kept = None, engine.runner.decoder
+    wanted = answer()
+    engine.runner.decoder = kept
+    engine.reset_cache()
+    assert answer() == wanted != first
+
+
+def test_who_computed_each_token_is_recorded(fresh: Callable[[str, int], Transformer]) -> None:
+    found = []
+    for few in (True, False):
+        engine = Engine(fresh("mla", 1), config=EngineConfig(block_size=4, cache_tokens=64))
+        if not few:
+            engine.runner.decoder = None
+        params = SamplingParams(max_tokens=8, temperature=0, return_routed_experts=True)
+        engine.add(Request("r", [1, 2, 3], params))
+        deltas = []
+        while engine.has_work():
+            deltas += engine.step()
+        assert deltas[-1].routed_experts is not None
+        found.append(deltas[-1].routed_experts.sort(-1).values)
+    assert torch.equal(*found)

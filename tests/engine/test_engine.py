@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from rorqual.engine import runner
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
 from rorqual.engine.request import Delta, Request, SamplingParams
@@ -14,6 +15,14 @@ from rorqual.model.attend import Causal
 from rorqual.model.cost import cost
 from rorqual.model.moe import Routing
 from rorqual.model.transformer import Transformer
+
+
+@pytest.fixture(autouse=True, params=["one call", "modules"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small steps in one native call, or everything by the modules."""
+    if request.param == "modules":
+        monkeypatch.setattr(runner, "decoder", lambda *_: None)
+
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 

@@ -256,6 +256,8 @@ class Engine:
     def reset_cache(self) -> None:
         """Forget every cached block, as after a change of the weights."""
         self.weights_version += 1
+        if self.runner.decoder is not None:
+            self.runner.decoder.refresh()
         self.scheduler.store = None  # what is on disk is the first weights'
         for sequence in list(self.scheduler.running):
             self.scheduler._preempt(sequence)

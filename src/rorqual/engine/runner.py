@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rorqual.engine.adapters import Adapter
 from rorqual.engine.cache import PagedCache
-from rorqual.engine.decoder import MOST_ROWS, decoder
+from rorqual.engine.decoder import decoder
 from rorqual.engine.paged import Paged, Span, slots
 from rorqual.engine.scheduler import Work
 from rorqual.kernels.paged import PagedRows
@@ -35,7 +35,6 @@ class Runner:
         """From now on keep beside each cached token which experts computed it."""
         shape = (self.cache.slots, len(self.moe_layers), self.model.config.num_experts_per_tok)
         self.cache.experts = torch.zeros(shape, dtype=torch.int16, device=self.cache.device)
-        self.decoder = None
 
     @torch.inference_mode()
     def run(self, works: Sequence[Work]) -> Tensor:
@@ -56,12 +55,10 @@ class Runner:
         return torch.cat(parts)
 
     def _run(self, model: Transformer, works: Sequence[Work]) -> Tensor:
-        few = sum(w.count for w in works) <= MOST_ROWS
-        return (
-            self._run_few(works)
-            if few and self.decoder and model is self.model
-            else self._run_any(model, works)
-        )
+        fast = self.decoder
+        if fast is None or model is not self.model or sum(w.count for w in works) > fast.most_rows:
+            return self._run_any(model, works)
+        return self._run_few(works)
 
     def _run_few(self, works: Sequence[Work]) -> Tensor:
         """All layers in one call: its inputs are made from lists, each in one piece."""
@@ -85,7 +82,12 @@ class Runner:
         rows = PagedRows(table, torch.tensor(requests, dtype=torch.int32), (places + 1).int(), size)
         cos, sin = self.model.rope(places)
         x = self.model.embed(torch.tensor(ids)).float().contiguous()
-        h: Tensor = self.model.norm(self.decoder.run(x, cos, sin, torch.tensor(slots), rows))
+        where, kept = torch.tensor(slots), self.cache.experts
+        layers, k = self.decoder.experts
+        chosen = None if kept is None else torch.empty(layers, len(ids), k, dtype=torch.int64)
+        h: Tensor = self.model.norm(self.decoder.run(x, cos, sin, where, rows, chosen))
+        if kept is not None and chosen is not None:
+            kept[where] = chosen.transpose(0, 1).to(torch.int16)
         return h
 
     def _run_any(self, model: Transformer, works: Sequence[Work]) -> Tensor:

@@ -107,7 +107,7 @@ void latent_attention(const Layer& l, const Step& s, const float* normed, float*
     static thread_local Scratch q_kept, low_kept, kv_kept, rope_kept, nope_kept, wide_kept, found_kept, values_kept;
     const int64_t n = s.n, heads = l.heads, nope = l.nope, rot = l.rotary, rank = l.rank, qk = nope + rot;
     float* q = q_kept.take<float>(n * heads * qk);
-    float *kv = kv_kept.take<float>(n * (2 * rank + 2 * rot)), *latent = kv + n * (rank + rot), *key = latent + n * rank;
+    float *kv = kv_kept.take<float>(n * (2 * rank + 3 * rot)), *latent = kv + n * (rank + rot), *key = latent + n * rank;
     if (l.q_low.w.rows) {
         const int64_t low = l.q_low.w.rows;
         float* compressed = low_kept.take<float>(2 * n * low);
@@ -116,6 +116,17 @@ void latent_attention(const Layer& l, const Step& s, const float* normed, float*
         project({{l.q, q}}, compressed + n * low, n, threads);
     } else {
         project({{l.q, q}, {l.kv, kv}}, normed, n, threads);
+    }
+    if (l.q_norm) {
+        float* normed_q = rope_kept.take<float>(n * heads * qk);
+        norm(q, l.q_norm, n * heads, qk, l.eps, normed_q);
+        std::memcpy(q, normed_q, n * heads * qk * sizeof(float));
+        float* normed_key = key + n * rot;
+        for (int64_t i = 0; i < n; i++) {
+            float* own = kv + i * (rank + rot) + rank;
+            norm(own, l.k_norm, 1, rot, l.eps, normed_key);
+            std::memcpy(own, normed_key, rot * sizeof(float));
+        }
     }
     for (int64_t i = 0; i < n; i++) norm(kv + i * (rank + rot), l.kv_norm, 1, rank, l.latent_eps, latent + i * rank);
     rope(kv + rank, FLOAT32, rank + rot, rot, s.cosine, s.sine, n, 1, rot, l.interleaved, key, 1);
@@ -176,7 +187,8 @@ inline void dense(const Pair& p, const float* x, int64_t n, float* out, int thre
     experts(p.up, p.down, x, FLOAT32, ids, ones, n, 1, 1, out, threads);
 }
 
-void feed_forward(const Layer& l, const float* normed, int64_t n, float* out, int threads) {
+// `chosen` [n, chosen experts]: filled where it is wanted.
+void feed_forward(const Layer& l, const float* normed, int64_t n, float* out, int64_t* chosen, int threads) {
     static thread_local Scratch logits_kept, ids_kept, weights_kept, shared_kept;
     const Router& r = l.router;
     if (!r.experts) return dense(l.mlp, normed, n, out, threads);
@@ -189,6 +201,7 @@ void feed_forward(const Layer& l, const float* normed, int64_t n, float* out, in
         logits[i] = dot(normed + i / r.experts * hidden, r.weight + i % r.experts * hidden, hidden);
     for (int64_t i = 0; i < n; i++)
         choose_experts(r, logits + i * r.experts, ids + i * r.chosen, weights + i * r.chosen);
+    if (chosen) std::memcpy(chosen, ids, n * r.chosen * sizeof(int64_t));
     experts(l.mlp.up, l.mlp.down, normed, FLOAT32, ids, weights, n, r.chosen, r.experts, out, threads);
     if (l.shared.down.rows) {
         float* shared = shared_kept.take<float>(n * hidden);
@@ -201,12 +214,14 @@ void feed_forward(const Layer& l, const float* normed, int64_t n, float* out, in
 void layers(const Layer* all, int64_t count, const Step& s, int64_t hidden, float* x, int threads) {
     static thread_local Scratch normed_kept, out_kept;
     float *normed = normed_kept.take<float>(s.n * hidden), *out = out_kept.take<float>(s.n * hidden);
+    int64_t* chosen = s.chosen;
     for (const Layer* l = all; l < all + count; l++) {
         norm(x, l->in_norm, s.n, hidden, l->eps, normed);
         (l->rank ? latent_attention : grouped_attention)(*l, s, normed, out, threads);
         add_to(x, out, s.n * hidden);
         norm(x, l->post_norm, s.n, hidden, l->eps, normed);
-        feed_forward(*l, normed, s.n, out, threads);
+        feed_forward(*l, normed, s.n, out, chosen, threads);
+        if (chosen && l->router.experts) chosen += s.n * l->router.chosen;
         add_to(x, out, s.n * hidden);
     }
 }

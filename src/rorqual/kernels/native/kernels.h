@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-// How weights are stored; see quantised.py for the layout.
-enum Kind { INT4 = 0, INT4_MIN = 1, INT8 = 2 };
+// How weights are stored; see quantised.py for the layout. FLOATS: 16 rows side by side, in groups of one.
+enum Kind { INT4 = 0, INT4_MIN = 1, INT8 = 2, FLOATS = 3 };
 
 // How rows of a cache or of activations are stored. INT8_ROWS: the bytes, then a half scale for each 64 of them.
 enum Type { FLOAT32 = 0, BFLOAT16 = 1, INT8_ROWS = 2 };
@@ -75,6 +75,7 @@ struct Step {
     const int64_t* slots;
     const int32_t *request, *length, *table;
     int64_t table_width, block_size;
+    int64_t* chosen;  // [layers of experts, N, chosen experts] to be filled, or none
 };
 
 struct Kernels {

@@ -14,11 +14,14 @@ constexpr int LANES = 16;
 constexpr int64_t SMALL = 1 << 16;  // weights x rows below which waking other threads costs more than it saves
 
 inline int64_t groups_of(const Weights& w) { return (w.width + w.group - 1) / w.group; }
-inline int64_t value_bytes(const Weights& w) { return LANES * groups_of(w) * w.group * (w.kind == INT8 ? 2 : 1) / 2; }
-inline int64_t scale_bytes(const Weights& w) { return LANES * 2 * groups_of(w); }
+inline int64_t value_bytes(const Weights& w) {
+    if (w.kind == FLOATS) return LANES * 4 * w.width;
+    return LANES * groups_of(w) * w.group * (w.kind == INT8 ? 2 : 1) / 2;
+}
+inline int64_t scale_bytes(const Weights& w) { return w.kind == FLOATS ? 0 : LANES * 2 * groups_of(w); }
 inline int64_t block_bytes(const Weights& w) { return value_bytes(w) + scale_bytes(w) * (w.kind == INT4_MIN ? 2 : 1); }
 inline int64_t blocks_of(const Weights& w) { return (w.rows + LANES - 1) / LANES; }
-inline int64_t row_bytes(const Weights& w) { return groups_of(w) * (12 + w.group); }
+inline int64_t row_bytes(const Weights& w) { return w.kind == FLOATS ? 4 * w.width : groups_of(w) * (12 + w.group); }
 
 inline F load_any(const void* x, int64_t type, int64_t i) {
     return type == BFLOAT16 ? load_bf16((const uint16_t*)x + i) : load((const float*)x + i);
@@ -40,8 +43,9 @@ inline void load_group(const void* x, int64_t type, int64_t from, int64_t count,
     for (; i < group; i++) out[i] = 0;
 }
 
-// One row as the tile of one row: for each group its scale, its negated sum, scale * sum, and its bytes.
+// One row as the tile of one row: for each group its scale, its negated sum, scale * sum, and its bytes; or as it is.
 inline void quantise_row(const Weights& w, const void* x, int64_t type, int64_t from, uint8_t* out) {
+    if (w.kind == FLOATS) return load_group(x, type, from, w.width, w.width, (float*)out);
     float wide[128];
     for (int64_t g = 0; g < groups_of(w); g++, out += 12 + w.group) {
         load_group(x, type, from + g * w.group, least(w.group, w.width - g * w.group), w.group, wide);
@@ -66,12 +70,28 @@ inline void quantise_row(const Weights& w, const void* x, int64_t type, int64_t 
 
 // Rows of one each, interleaved word by word into a tile of `count`.
 inline void pack_tile(const Weights& w, const uint8_t* const* rows, int count, uint8_t* out) {
-    const int64_t words = 3 + w.group / 4, all = groups_of(w) * words;
+    const int64_t all = row_bytes(w) / 4;
     for (int t = 0; t < count; t++) {
         const uint32_t* from = (const uint32_t*)rows[t];
         uint32_t* to = (uint32_t*)out + t;
         for (int64_t i = 0; i < all; i++) to[i * count] = from[i];
     }
+}
+
+// Weights that are wide already: S blocks, `stride` bytes apart, against T rows interleaved → out [S][T][16].
+template <int T, int S>
+void tile_floats(const uint8_t* w, int64_t stride, int64_t, int64_t, const uint8_t* x, int width, int, float* out) {
+    const float* in = (const float*)x;
+    F total[S][T];
+    for (int s = 0; s < S; s++)
+        for (int t = 0; t < T; t++) total[s][t] = zero();
+    for (int k = 0; k < width; k++, in += T)
+        for (int s = 0; s < S; s++) {
+            const F row = load((const float*)(w + s * stride) + LANES * k);
+            for (int t = 0; t < T; t++) total[s][t] = fma(set1(in[t]), row, total[s][t]);
+        }
+    for (int s = 0; s < S; s++)
+        for (int t = 0; t < T; t++) store(out + LANES * (s * T + t), total[s][t]);
 }
 
 using Tile = void (*)(const uint8_t*, int64_t, int64_t, int64_t, const uint8_t*, int, int, float*);
@@ -83,8 +103,15 @@ constexpr Tile choose(int count, bool wide, std::integer_sequence<int, T...>) {
     return (wide ? all : narrow)[count - 1];
 }
 
+template <int... T>
+constexpr Tile choose_floats(int count, bool wide, std::integer_sequence<int, T...>) {
+    constexpr Tile narrow[] = {tile_floats<T + 1, 1>...}, all[] = {tile_floats<T + 1, abreast(T + 1)>...};
+    return (wide ? all : narrow)[count - 1];
+}
+
 inline Tile tile_of(int64_t kind, int count, bool wide) {
     constexpr auto heights = std::make_integer_sequence<int, ROWS>();
+    if (kind == FLOATS) return choose_floats(count, wide, heights);
     if (kind == INT4) return choose<INT4>(count, wide, heights);
     if (kind == INT4_MIN) return choose<INT4_MIN>(count, wide, heights);
     return choose<INT8>(count, wide, heights);
