@@ -69,6 +69,9 @@ def score(model: Transformer, batch: Batch, temperature: float, autocast: Autoca
     return Scores(flat.masked_scatter(counts, picked), flat.masked_scatter(counts, entropy))
 
 
+SIMILAR, ENOUGH = 1.25, 1024  # lengths of rows in one batch, once it has tokens enough to compute well
+
+
 class Updater:
     """Policy gradients over rollouts and their advantages."""
 
@@ -155,7 +158,9 @@ class Updater:
                 raise ConfigError(
                     f"micro_tokens={self.config.micro_tokens}: a rollout has {padded}; raise it"
                 )
-            if held and (len(held) + 1) * padded > self.config.micro_tokens:
+            full = held and (len(held) + 1) * padded > self.config.micro_tokens
+            apart = held and padded > SIMILAR * held[0].length and len(held) * held[0].length >= ENOUGH
+            if full or apart:
                 yield held
                 held = []
             held.append(row)
