@@ -148,6 +148,11 @@ def test_weights_that_change_are_taken_over(fresh: Callable[[str, int], Transfor
     engine.runner.decoder = kept
     engine.reset_cache()
     assert answer() == wanted != first
+    with torch.no_grad():  # nobody says so, but it is seen
+        for name, p in fresh("mla", 1).named_parameters():
+            model.get_parameter(name).copy_(p)
+    engine.pool.forget_all()
+    assert answer() == first
 
 
 def test_who_computed_each_token_is_recorded(fresh: Callable[[str, int], Transformer]) -> None:

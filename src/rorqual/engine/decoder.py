@@ -107,11 +107,19 @@ class Decoder:
             self._fill(self._layers[i], block, cache, i)
         if self.wide:
             self.most_rows = MOST_WIDE_ROWS
+        bases = (x if x._base is None else x._base for x in (source() for source, _ in self.wide))
+        self._watched = list({id(x): x for x in bases if not x.is_inference()}.values())
+        self._version = self._versions()
 
     def refresh(self) -> None:
-        """Take over float32 weights that have changed."""
+        """Take over float32 weights that have changed. A change of the parameters is seen at the next run, one through
+        their `.data` has to be told."""
         for source, to in self.wide:
             to.copy_(_side_by_side(source()))
+        self._version = self._versions()
+
+    def _versions(self) -> int:
+        return sum(x._version for x in self._watched)
 
     def run(
         self,
@@ -127,6 +135,8 @@ class Decoder:
         who computed each row."""
         assert x.is_contiguous()
         assert x.dtype == torch.float32
+        if self._versions() != self._version:
+            self.refresh()
         step = _Step(
             len(x), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), rows.request.data_ptr(),
             rows.length.data_ptr(), rows.table.data_ptr(), rows.table.shape[1], rows.block_size,

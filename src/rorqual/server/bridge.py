@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -79,16 +81,21 @@ class Ticket:
 
 class Bridge:
     """An engine on its own thread. All methods are for the event loop that called `start`. `compute`: where steps are
-    done instead, one thread for several engines. `pairs_from`: see `Settings`."""
+    done instead, one thread for several engines. `gather_from`, `gather_s`: see `Settings`."""
 
     def __init__(
-        self, engine: EngineCore, max_open: int = 1024, compute: Executor | None = None, pairs_from: int = 0
+        self,
+        engine: EngineCore,
+        max_open: int = 1024,
+        compute: Executor | None = None,
+        gather_from: int = 0,
+        gather_s: float = 0.2,
     ) -> None:
         self.engine = engine
         self.max_open = max_open
-        self.pairs_from = pairs_from
-        self._begun: set[str] = set()  # requests whose first token has left
-        self._held: dict[str, Delta] = {}  # tokens that wait for their successor
+        self.gather_from, self.gather_s = gather_from, gather_s
+        self._sent: dict[str, float] = {}  # when the last tokens of a request left
+        self._held: dict[str, Delta] = {}  # tokens that wait for their successors
         self._compute = compute
         self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -191,27 +198,27 @@ class Bridge:
             self._tell(self._step_failed)
             return
         self._stats = self.engine.stats()
-        if self.pairs_from:
-            deltas = self._paired(deltas)
+        if self.gather_from:
+            deltas = self._gathered(deltas, time.monotonic())
         if deltas:
             self._tell(self._deliver, deltas)
 
-    def _paired(self, deltas: list[Delta]) -> list[Delta]:
+    def _gathered(self, deltas: list[Delta], now: float) -> list[Delta]:
         """What leaves now. A chunk costs its stream's socket 100 us whatever is in it, on cores that compute."""
         held, self._held = self._held, {}
-        many, out = len(deltas) >= self.pairs_from, []
+        many, out = len(deltas) >= self.gather_from, []
         for delta in deltas:
-            first = held.pop(delta.request_id, None)
+            name, first = delta.request_id, held.pop(delta.request_id, None)
             if first is not None:
                 first.extend(delta)
-            elif many and delta.finish_reason is None and delta.request_id in self._begun:
-                self._held[delta.request_id] = delta
+            whole = first or delta
+            if many and whole.finish_reason is None and now - self._sent.get(name, -math.inf) < self.gather_s:
+                self._held[name] = whole
                 continue
-            out.append(first or delta)
-            if delta.finish_reason is None:
-                self._begun.add(delta.request_id)
-            else:
-                self._begun.discard(delta.request_id)
+            out.append(whole)
+            self._sent[name] = now
+            if whole.finish_reason is not None:
+                del self._sent[name]
         return [*held.values(), *out]  # those that were not in this step wait no longer
 
     def _add(self, ticket: Ticket) -> None:
@@ -233,7 +240,7 @@ class Bridge:
     def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self.engine.abort(request_id)
-            self._begun.discard(request_id)
+            self._sent.pop(request_id, None)
             self._held.pop(request_id, None)
         self._stats = self.engine.stats()
 

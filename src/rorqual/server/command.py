@@ -123,9 +123,9 @@ def _loader(options: ServeOptions) -> Callable[[str, Path], Served] | None:
         return None
     from rorqual.server.loading import load_served
 
-    return lambda name, path: load_served(
-        name, path, options.settings.max_open, options.engine, options.dtype, options.settings.pairs_from
-    )
+    s = options.settings
+    gather = s.gather_from, s.gather_s
+    return lambda name, path: load_served(name, path, s.max_open, options.engine, options.dtype, gather)
 
 
 def _name_of(model: Path) -> str:

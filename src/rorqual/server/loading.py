@@ -27,7 +27,12 @@ def scripted(name: str, script: Path | Script, max_open: int) -> Served:
 
 
 def load_served(
-    name: str, path: Path, max_open: int, config: EngineConfig, dtype: str, pairs_from: int = 0
+    name: str,
+    path: Path,
+    max_open: int,
+    config: EngineConfig,
+    dtype: str,
+    gather: tuple[int, float] = (0, 0.0),
 ) -> Served:
     """A model folder or file behind the engine."""
     from rorqual.engine.llm import LLM
@@ -39,7 +44,7 @@ def load_served(
         name,
         llm.tokenizer,
         llm.loaded.template,
-        Bridge(llm.engine, max_open, compute(), pairs_from),
+        Bridge(llm.engine, max_open, compute(), *gather),
         flops=getattr(llm, "flops", None),
     )
 

@@ -15,8 +15,9 @@ class Settings:
     drain_s: float = 30.0  # after SIGTERM, for what has begun
     request_timeout_s: float | None = None  # from arrival to the last token
     write_timeout_s: float = 120.0  # a reader that takes nothing for so long is dropped
-    pairs_from: int = (
-        16  # from so many requests in a step on, tokens leave two by two (the first at once); 0: never
-    )
+    # From so many requests in a step on, each gets a chunk every `gather_s` seconds with what came, its first token and
+    # its end at once: a chunk costs more than a token. 0: every token by itself
+    gather_from: int = 16
+    gather_s: float = 0.2
     allow_origins: tuple[str, ...] = ()  # browsers' origins that may call from another site; "*" for all
     reasoning_alias: bool = False  # `reasoning` beside `reasoning_content`
