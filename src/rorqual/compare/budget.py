@@ -22,7 +22,7 @@ class Budget:
     steps: int = 1600
     vocab_size: int = 2048
     pool_mb: float = 40.0  # of text that the pool is built from
-    fractions: tuple[float, ...] = (1.5, 2, 2.5, 3, 4, 5, 5.5, 6, 8, 10)
+    fractions: tuple[float, ...] = (1.5, 2, 2.5, 3, 4, 5, 6, 6.5, 8, 10)
     rates: tuple[float, ...] = (0.002, 0.004, 0.008)  # of the baseline's matrices
     embedding_rates: tuple[float, ...] = (0.02, 0.04, 0.08)
     head_rates: tuple[float, ...] = (0.004, 0.008, 0.016)
