@@ -1,7 +1,7 @@
 """All layers in one native call give what the modules give one by one."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,10 +17,11 @@ from rorqual.engine.runner import Runner
 from rorqual.engine.scheduler import Work
 from rorqual.engine.sequence import Sequence
 from rorqual.engine.stop import StopChecker
-from rorqual.kernels.native import ISAS, native
+from rorqual.kernels.native import ISAS, Native, native
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 from tests.engine.conftest import CONFIGS
+from tests.native import loaded, running
 
 V2 = {"scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 2.0}
 GROUPS = {"n_group": 3, "topk_group": 2}
@@ -49,15 +50,8 @@ def made(config: ModelConfig, bits: int) -> Transformer:
 
 
 @pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Any:
-    loaded = native()
-    if loaded is None:
-        pytest.skip("no native library")
-    before = loaded.isa
-    if not loaded.use(request.param):
-        pytest.skip(f"this processor does not run {request.param}")
-    yield request.param
-    loaded.use(before)
+def isa(request: pytest.FixtureRequest) -> Iterator[Native]:
+    yield from running(request.param)
 
 
 def work(name: str, blocks: list[int], length: int, start: int, count: int) -> Work:
@@ -72,7 +66,7 @@ def work(name: str, blocks: list[int], length: int, start: int, count: int) -> W
 @pytest.mark.parametrize("bits", [32, 8, 4])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equal_to_the_modules(name: str, bits: int, dtype: torch.dtype, isa: str) -> None:
+def test_equal_to_the_modules(name: str, bits: int, dtype: torch.dtype, isa: Native) -> None:
     """One row of each sequence at a time by the modules; all rows of a chunk, and chunks of others, in one call."""
     kind, changes = MODELS[name]
     model = made(dataclasses.replace(CONFIGS[kind], **changes), bits)
@@ -119,9 +113,7 @@ def test_the_engine_uses_it(fresh: Callable[[str, int], Transformer]) -> None:
 def test_what_the_call_does_not_know_is_computed_by_modules(
     kind: str, dtype: torch.dtype, what: str, fresh: Callable[[str, int], Transformer]
 ) -> None:
-    model, library = fresh(kind, 1).to(dtype), native()
-    if library is None:
-        pytest.skip("no native library")
+    model, library = fresh(kind, 1).to(dtype), loaded()
     cache = PagedCache(model.config, 16, torch.float32, torch.device("cpu"))
     with pytest.raises(Unfit, match=what):
         Decoder(model, cache, library)
@@ -131,8 +123,8 @@ def test_what_the_call_does_not_know_is_computed_by_modules(
 def test_weights_that_change_are_taken_over(fresh: Callable[[str, int], Transformer]) -> None:
     model, other = fresh("mla", 1), fresh("mla", 2)
     engine = Engine(model, config=EngineConfig(block_size=4, cache_tokens=64))
-    if engine.runner.decoder is None:
-        pytest.skip("no native library")
+    loaded()
+    assert engine.runner.decoder is not None
 
     def answer() -> list[int]:
         engine.add(Request("r", [1, 2, 3], SamplingParams(max_tokens=8, temperature=0)))
@@ -169,3 +161,20 @@ def test_who_computed_each_token_is_recorded(fresh: Callable[[str, int], Transfo
         assert deltas[-1].routed_experts is not None
         found.append(deltas[-1].routed_experts.sort(-1).values)
     assert torch.equal(*found)
+
+
+def test_weights_that_moved_are_found_again(fresh: Callable[[str, int], Transformer]) -> None:
+    engine = Engine(fresh("mla", 1), config=EngineConfig(block_size=4, cache_tokens=64))
+    loaded()
+    before = engine.runner.decoder
+    assert before is not None
+    with torch.no_grad():
+        for p in engine.model.parameters():
+            p.data = torch.zeros_like(p)  # as Module.to does
+    assert before.moved
+    engine.add(Request("r", [1, 2, 3], SamplingParams(max_tokens=3, temperature=0)))
+    tokens = []
+    while engine.has_work():
+        tokens += [t for d in engine.step() for t in d.token_ids]
+    assert tokens == [0, 0, 0]
+    assert engine.runner.decoder is not before

@@ -11,6 +11,7 @@ import pytest
 from rorqual.errors import ConfigError
 from rorqual.kernels import native as module
 from rorqual.kernels.native import ISAS, native
+from tests.native import loaded, without_a_library
 
 
 @pytest.fixture
@@ -57,16 +58,14 @@ def test_torchs_own_limit_holds_here_too(fresh: pytest.MonkeyPatch, capability: 
 
 def test_a_processor_that_can_less_takes_the_portable_path(fresh: pytest.MonkeyPatch) -> None:
     """deepseek-ai/FlashMLA#79: a fast kernel is optional; what is not there is passed over."""
-    loaded = native()
-    if loaded is None:
-        pytest.skip("no native library here")
-    before = loaded.isa
-    fresh.setattr(module, "_load", lambda: loaded)
-    fresh.setattr(loaded, "use", lambda isa: isa == "portable")
+    library = loaded()
+    before = library.isa
+    fresh.setattr(module, "_load", lambda: library)
+    fresh.setattr(library, "use", lambda isa: isa == "portable")
     native.cache_clear()
-    assert native() is loaded
+    assert native() is library
     fresh.undo()
-    loaded.use(before)
+    library.use(before)
 
 
 @pytest.mark.parametrize("fault", ["missing", "stale", "damaged"])
@@ -74,7 +73,7 @@ def test_what_cannot_be_used_is_said_and_passed_over(
     fault: str, fresh: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if not built() and fault == "stale":
-        pytest.skip("nothing built here")
+        without_a_library()
     for path in module.HERE.glob("*.*"):
         if path.suffix in (".cpp", ".h") or (path.suffix == ".so" and fault == "stale"):
             shutil.copy(path, tmp_path)

@@ -16,7 +16,8 @@ class EngineConfig:
     max_model_len: int | None = (
         None  # tokens of a request, prompt and completion; None: the model's, if it fits
     )
-    device: str = "auto"  # of weights and cache: cpu, cuda[:N], or CUDA where there is one
+    # Of weights and cache: cpu, cuda[:N]; auto: CUDA where there is one and the weights are not packed
+    device: str = "auto"
     block_size: int = 16  # tokens of a cache block
     cache_tokens: int | None = None  # tokens that the cache holds; None: as cache_memory allows
     cache_memory: float = 1e9  # bytes for the cache

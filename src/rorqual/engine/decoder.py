@@ -27,10 +27,8 @@ from rorqual.model.moe import Experts, MoE, Router
 from rorqual.model.rope import rotate_interleaved
 from rorqual.model.transformer import Transformer
 
-MOST_ROWS, MOST_WIDE_ROWS = (
-    64,
-    512,
-)  # of one call, over packed weights and over wide ones; for more the dispatch is nothing
+MOST_ROWS = 64  # of one call over packed weights; for more the dispatch is nothing
+MOST_WIDE_ROWS = 512  # over wide ones
 MOST_WIDE = 1 << 28  # bytes of float32 weights that are laid out a second time
 FLOATS = len(KINDS)  # kernels.h: Kind
 WIDEST = 4096  # values of a cached latent and its rotary key
@@ -84,7 +82,8 @@ class Unfit(Exception):
 
 
 class Decoder:
-    """Addresses of a model's weights and of its cache's rows, which must stay where they are."""
+    """Addresses of a model's weights and of its cache's rows. Whoever moves the weights (`Module.to`) makes it useless:
+    `moved` says so, and as the old ones are kept as long as it lives, no address ever dangles."""
 
     def __init__(self, model: Transformer, cache: PagedCache, library: Native) -> None:
         """Raises Unfit, saying why."""
@@ -110,6 +109,14 @@ class Decoder:
         bases = (x if x._base is None else x._base for x in (source() for source, _ in self.wide))
         self._watched = list({id(x): x for x in bases if not x.is_inference()}.values())
         self._version = self._versions()
+        self._kept = [t.detach() for t in (*model.parameters(), *model.buffers())]
+        self._first = next(iter(model.parameters()))
+        self._lay = self._first.data_ptr()
+
+    @property
+    def moved(self) -> bool:
+        """Whether the model's weights lie elsewhere by now: whatever moves one moves all."""
+        return self._first.data_ptr() != self._lay
 
     def refresh(self) -> None:
         """Take over float32 weights that have changed. A change of the parameters is seen at the next run, one through

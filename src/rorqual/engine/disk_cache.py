@@ -128,9 +128,9 @@ def digest(tensors: Iterable[tuple[str, Tensor]], *facts: object) -> bytes:
     total = hashlib.blake2b(repr(facts).encode(), digest_size=32)
     for name, tensor in tensors:
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        total.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.digest()
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

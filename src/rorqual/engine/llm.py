@@ -16,6 +16,7 @@ from rorqual.device import resolve_device, resolve_dtype
 from rorqual.engine import packed_folder
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
+from rorqual.engine.quantised import is_packed
 from rorqual.engine.request import Delta, FinishReason, Request, SamplingParams, TokenLogprob
 from rorqual.errors import CapacityError, TokenizerError
 from rorqual.model.cost import cost
@@ -89,7 +90,9 @@ class LLM:
         else:
             device = resolve_device(config.device)
             self.loaded = load_any(model, dtype)
-            self.loaded.model.to(device)
+            # Packed products are the CPU's: elsewhere each step would widen the weights again.
+            if config.device != "auto" or not is_packed(self.loaded.model):
+                self.loaded.model.to(device)
         self.tokenizer = self.loaded.tokenizer
         self.engine = Engine(self.loaded.model, self.tokenizer, config)
         self._cost = cost(self.loaded.config)

@@ -55,6 +55,8 @@ class Runner:
         return torch.cat(parts)
 
     def _run(self, model: Transformer, works: Sequence[Work]) -> Tensor:
+        if self.decoder is not None and self.decoder.moved:
+            self.decoder = decoder(self.model, self.cache)
         fast = self.decoder
         if fast is None or model is not self.model or sum(w.count for w in works) > fast.most_rows:
             return self._run_any(model, works)
