@@ -110,13 +110,12 @@ class Decoder:
         self._watched = list({id(x): x for x in bases if not x.is_inference()}.values())
         self._version = self._versions()
         self._kept = [t.detach() for t in (*model.parameters(), *model.buffers())]
-        self._first = next(iter(model.parameters()))
-        self._lay = self._first.data_ptr()
+        self._first = next(model.parameters()).data_ptr()
 
     @property
     def moved(self) -> bool:
         """Whether the model's weights lie elsewhere by now: whatever moves one moves all."""
-        return self._first.data_ptr() != self._lay
+        return next(self.model.parameters()).data_ptr() != self._first
 
     def refresh(self) -> None:
         """Take over float32 weights that have changed. A change of the parameters is seen at the next run, one through
