@@ -18,7 +18,7 @@ from rorqual.errors import RunError
 
 TINY = Budget(
     "tiny", width=16, depth=2, heads=2, seq_len=16, batch_size=2, steps=30, vocab_size=320, pool_mb=1,
-    fractions=(1, 3), rates=(0.01,), more_rates=0, seeds=1, control_seeds=1, eval_rows=16,
+    fractions=(1, 3), more_rates=0, seeds=1, control_seeds=1, eval_rows=16,
 )  # fmt: skip
 
 

@@ -17,8 +17,7 @@ from rorqual.compare.study import Pools, Study, equivalent_steps, last_passing
 from rorqual.errors import ConfigError
 
 SMALL = Budget(
-    "test", steps=640, seeds=3, control_seeds=2, fractions=(2, 4, 8), rates=(0.01, 0.02, 0.04),
-    embedding_rates=(0.1, 0.2, 0.4), head_rates=(0.1, 0.2, 0.4),
+    "test", steps=640, seeds=3, control_seeds=2, fractions=(2, 4, 8), lr=0.02, embedding_lr=0.2, head_lr=0.2,
 )  # fmt: skip
 
 
@@ -72,12 +71,29 @@ def test_one_seed_that_misses_the_loss_fails_the_point() -> None:
 
 
 def test_the_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
-    base, runs = study(Law(1, best=0.16)).sweep()
-    assert [t.rate for t in runs if t.key == "optim.lr"] == [0.01, 0.02, 0.04, 0.08, 0.16]
-    assert dict(base.more)["optim.lr"] == 0.16
+    base, runs = study(Law(1, best=0.64)).sweep()
+    tried = {t.rates["optim.lr"] for t in runs}
+    assert tried == {0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28}
+    assert dict(base.more)["optim.lr"] == 0.64
     base, runs = study(Law(1)).sweep()
     assert dict(base.more) == {"optim.lr": 0.02, "optim.embedding_lr": 0.2, "optim.head_lr": 0.2}
-    assert len(runs) == 9
+    assert len(runs) == 7  # the middle, and two beside it of each
+
+
+def test_rates_that_hang_together_are_found() -> None:
+    """The best rate of matrices is that of embeddings: one round would end beside it."""
+
+    class Together(Law):
+        def all(self, jobs: Iterable[Job]) -> list[Result]:
+            found = []
+            for job in jobs:
+                r = {k.split(".")[1]: log2(float(v)) for k, v in dict(job.setting.more).items()}
+                off = (r["lr"] - r["embedding_lr"]) ** 2 + 0.5 * (r["embedding_lr"] - log2(0.8)) ** 2
+                found.append(result(job, 4 + off))
+            return found
+
+    base, _ = study(Together(1)).sweep()
+    assert dict(base.more)["optim.embedding_lr"] == dict(base.more)["optim.lr"] == pytest.approx(0.8)
 
 
 def test_long_runs_are_spared() -> None:

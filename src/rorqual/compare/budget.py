@@ -23,10 +23,11 @@ class Budget:
     vocab_size: int = 2048
     pool_mb: float = 40.0  # of text that the pool is built from
     fractions: tuple[float, ...] = (1.5, 2, 2.5, 3, 4, 5, 6, 6.5, 8, 10)
-    rates: tuple[float, ...] = (0.002, 0.004, 0.008)  # of the baseline's matrices
-    embedding_rates: tuple[float, ...] = (0.02, 0.04, 0.08)
-    head_rates: tuple[float, ...] = (0.004, 0.008, 0.016)
-    more_rates: int = 2  # further ones of each where the best lies at an end
+    # Where the search for the baseline's rates begins, in factors of two, and how often it goes on from an end at once
+    lr: float = 0.004  # of matrices
+    embedding_lr: float = 0.08
+    head_lr: float = 0.008
+    more_rates: int = 2
     seeds: int = 3
     control_seeds: int = 3
     eval_rows: int = 1024
@@ -68,7 +69,7 @@ class Budget:
 
 PRESETS = {
     "quick": Budget(
-        "quick", steps=240, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), rates=(0.00025, 0.0005, 0.001),
+        "quick", steps=240, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), lr=0.008, embedding_lr=0.32, head_lr=0.064,
         control_seeds=1, eval_rows=256,
     ),
     "standard": Budget(),

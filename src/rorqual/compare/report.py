@@ -59,7 +59,7 @@ class Findings:
             "budget": to_dict(self.budget),
             "machine": machine(),
             "seconds": self.seconds,
-            "sweep": [{"key": t.key, "rate": t.rate, "loss": t.result.loss} for t in self.sweep],
+            "sweep": [{**t.rates, "loss": t.result.loss} for t in self.sweep],
             "matches": {name: match_tree(m) for name, m in self.matches.items()},
             "factors": [
                 {"part": f.part, "kind": f.kind, "factors": f.factors, "losses": f.point.losses} for f in self.factors
@@ -153,7 +153,8 @@ def page(found: Findings) -> str:
         _factors(found.factors),
         "<h2>The baseline's sweep</h2>",
         _table(
-            ["key", "rate", "held-out loss"], [[t.key, f"{t.rate:g}", f"{t.result.loss:.4f}"] for t in found.sweep]
+            ["rates of matrices", "of embeddings", "of the head", "held-out loss"],
+            [[*(f"{rate:g}" for rate in t.rates.values()), f"{t.result.loss:.4f}"] for t in found.sweep],
         ),
         "<h2>What each setting is made of</h2>",
         _table(["setting", "parameters", "active", "in tables", "cache bytes a token", "optimizer's share of FLOPs"], [

@@ -30,10 +30,9 @@ class Pools:
 
 @dataclass(frozen=True)
 class Tried:
-    """A rate of the baseline's sweep and its run."""
+    """Rates of the baseline's sweep, by their keys, and their run."""
 
-    key: str
-    rate: float
+    rates: dict[str, float]
     result: Result
 
 
@@ -111,28 +110,33 @@ class Study:
         )
 
     def sweep(self) -> tuple[Setting, list[Tried]]:
-        """The baseline at its best rates, one after the other, and all runs: further ones are tried while the best lies
-        at an end."""
-        found, tried = BASE, []
-        for key, rates in (
-            ("optim.lr", self.budget.rates),
-            ("optim.embedding_lr", self.budget.embedding_rates),
-            ("optim.head_lr", self.budget.head_rates),
-        ):
-            found, more = self._sweep(found, key, list(rates))
-            tried += more
-        return found, tried
-
-    def _sweep(self, setting: Setting, key: str, rates: list[float]) -> tuple[Setting, list[Tried]]:
-        b, left = self.budget, self.budget.more_rates
+        """The baseline at its best rates, and all runs. Rate by rate, again and again until a round changes none of them:
+        a single round from a bad beginning ended 0.26 nats above the best of 240 steps."""
+        b = self.budget
+        best = {"optim.lr": b.lr, "optim.embedding_lr": b.embedding_lr, "optim.head_lr": b.head_lr}
+        tried: dict[tuple[float, ...], Tried] = {}
         while True:
-            arms = [setting.at(**{key.replace(".", "__"): rate}) for rate in rates]
-            results = self.pool.all(self.job(arm, b.steps, 0) for arm in arms)
-            best = min(range(len(rates)), key=lambda i: results[i].loss)
-            if 0 < best < len(rates) - 1 or not left:
-                return arms[best], [Tried(key, rate, r) for rate, r in zip(rates, results, strict=True)]
-            rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
-            left -= 1
+            before = dict(best)
+            for key in best:
+                best[key] = self._best(key, best, tried)
+            if best == before:
+                return _at(best), list(tried.values())
+
+    def _best(self, key: str, rates: dict[str, float], tried: dict[tuple[float, ...], Tried]) -> float:
+        """The best of one rate beside the others, a factor of two from the next: the search goes on while it lies at an
+        end."""
+        middle = rates[key]
+        around = [middle / 2, middle, middle * 2]
+        for _ in range(1 + self.budget.more_rates):
+            arms = [rates | {key: rate} for rate in around]
+            results = self.pool.all(self.job(_at(arm), self.budget.steps, 0) for arm in arms)
+            tried |= {tuple(arm.values()): Tried(arm, r) for arm, r in zip(arms, results, strict=True)}
+            # Where a rate changes nothing it stays.
+            best = min(range(len(around)), key=lambda i: (results[i].loss, around[i] != middle))
+            if 0 < best < len(around) - 1:
+                break
+            around = [around[0] / 2, *around] if best == 0 else [*around, around[-1] * 2]
+        return arms[best][key]
 
     def match(self, recipe: Setting, baseline: Setting, seeds: int, data: Path | None = None) -> Match:
         """Where the recipe passes the baseline. `data`: the pool of the baseline, where it is another."""
@@ -154,6 +158,11 @@ class Study:
             Setting(EQUAL_PARAMETERS.name, EQUAL_PARAMETERS.parts, baseline.more),
             EQUAL_OPTIMIZER,  # Muon's rate is its own
         ]
+
+
+def _at(rates: dict[str, float]) -> Setting:
+    """The baseline at its rates."""
+    return BASE.at(**{key.replace(".", "__"): rate for key, rate in rates.items()})
 
 
 def last_passing(fractions: Sequence[float], passes: Callable[[float], bool]) -> float | None:
