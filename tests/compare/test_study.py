@@ -88,11 +88,11 @@ def test_rates_that_hang_together_are_found() -> None:
             found = []
             for job in jobs:
                 r = {k.split(".")[1]: log2(float(v)) for k, v in dict(job.setting.more).items()}
-                off = (r["lr"] - r["embedding_lr"]) ** 2 + 0.5 * (r["embedding_lr"] - log2(0.8)) ** 2
+                off = 0.25 * (r["lr"] - r["embedding_lr"]) ** 2 + (r["embedding_lr"] - log2(0.8)) ** 2
                 found.append(result(job, 4 + off))
             return found
 
-    base, _ = study(Together(1)).sweep()
+    base, _ = study(Together(1), dataclasses.replace(SMALL, lr=0.2)).sweep()
     assert dict(base.more)["optim.embedding_lr"] == dict(base.more)["optim.lr"] == pytest.approx(0.8)
 
 
