@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +181,10 @@ class Engine:
         if not works:
             return deltas
         h = self.runner.run(works)
-        ends = torch.tensor([w.count for w in works]).cumsum(0).tolist()
+        ends = list(accumulate(w.count for w in works))
         ready = [(w, end) for w, end in zip(works, ends, strict=True) if w.last]
         rows = [row for w, end in ready for row in range(end - 1 - w.guesses, end)]
-        logits = self.runner.logits(h[rows]) if ready else None
+        logits = self.runner.logits(h if len(rows) == len(h) else h[rows]) if ready else None
         for work, end in zip(works, ends, strict=True):
             if work.sequence.request.params.prompt_logprobs is not None:
                 self._score_prompt(work, h[end - work.count : end])
@@ -218,8 +219,15 @@ class Engine:
             )
         deltas, at = [], 0
         for work, count, first in zip(works, counts, drawn, strict=True):
-            rows = [Drawable(logits[i], best[i], finite[i]) for i in range(at, at + count)]
-            deltas.append(self._draw(work, rows, first))
+            if first is not None:
+                delta = self._take(work.sequence, *first)
+                if not delta.finish_reason:
+                    self.scheduler.computed(work)
+            else:
+                delta = self._draw(
+                    work, [Drawable(logits[i], best[i], finite[i]) for i in range(at, at + count)]
+                )
+            deltas.append(delta)
             at += count
         return deltas
 
@@ -291,11 +299,10 @@ class Engine:
         if not self._sequences:
             assert self.pool.used == 0
 
-    def _draw(self, work: Work, rows: list[Drawable], first: tuple[int, TokenLogprob | None] | None) -> Delta:
-        """Draw the next token, where `first` has not done so, and further ones as long as the guesses [G] before them
-        were right; rows: G + 1."""
+    def _draw(self, work: Work, rows: list[Drawable]) -> Delta:
+        """Draw the next token, and further ones as long as the guesses [G] before them were right; rows: G + 1."""
         sequence, guesses = work.sequence, work.sequence.draft[: work.guesses]
-        delta = self._advance(sequence, rows[0], first)
+        delta = self._advance(sequence, rows[0])
         right = 0
         while right < len(guesses) and not delta.finish_reason and delta.token_ids[-1] == guesses[right]:
             right += 1
@@ -304,20 +311,22 @@ class Engine:
             self.scheduler.computed(work, wrong=len(guesses) - right)
         return delta
 
-    def _advance(
-        self, sequence: Sequence, row: Drawable, drawn: tuple[int, TokenLogprob | None] | None = None
-    ) -> Delta:
-        """Draw one token, unless it is drawn already, and say what is new."""
-        params = sequence.request.params
+    def _advance(self, sequence: Sequence, row: Drawable) -> Delta:
+        """Draw one token and say what is new."""
         if not row.finite:
             return self._finish(
                 sequence, "error", error="the model gave non-finite logits: its weights or dtype overflow"
             )
+        request = sequence.request
+        return self._take(
+            sequence, *sample(row, request.params, request.prompt_ids, sequence.completion, sequence.seed)
+        )
+
+    def _take(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> Delta:
+        """Go on with a token that was drawn, and say what is new."""
         if sequence.max_tokens == 0:
             return self._finish(sequence, "length")
-        token, logprob = drawn or sample(
-            row, params, sequence.request.prompt_ids, sequence.completion, sequence.seed
-        )
+        params = sequence.request.params
         sequence.tokens.append(token)
         if params.mask is not None:
             params.mask.accept(token)

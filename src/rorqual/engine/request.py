@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from rorqual.errors import RequestError
 
@@ -58,6 +59,21 @@ class SamplingParams:
         False  # who computed each token, with the last delta; for models with experts
     )
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether nothing changes the logits before they are scaled."""
+        return (
+            not self.logit_bias
+            and self.mask is None
+            and self.frequency_penalty == self.presence_penalty == 0
+            and self.repetition_penalty == 1
+        )
+
+    @cached_property
+    def only_temperature(self) -> bool:
+        """Whether nothing but a temperature is asked for, and at most the log-probability of what was drawn."""
+        return self.plain and not (self.top_k or self.logprobs) and self.top_p == 1 and self.min_p == 0
+
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
             if not ok:
@@ -88,8 +104,7 @@ class Request:
     model: str | None = None  # an adapter's name; None: the base weights
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token, its log-probability under the distribution it was drawn from, and the best alternatives."""
 
     token_id: int
@@ -97,7 +112,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass
+@dataclass(slots=True)
 class Delta:
     """News of one request after a step. `text` is final: held back while a stop string may still complete,
     whole characters only. The last delta of a request has `finish_reason`.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
@@ -66,25 +67,24 @@ class Runner:
         """All layers in one call: its inputs are made from lists, each in one piece."""
         assert self.decoder is not None
         size = self.block_size
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        requests: list[int] = []
-        tables: list[list[int]] = []
+        ids, positions, slots = array("q"), array("q"), array("q")
+        requests, lengths, table = array("i"), array("i"), array("i")
+        longest = max(-(-(w.start + w.count) // size) for w in works)
         for i, work in enumerate(works):
-            s, at = work.sequence, range(work.start, work.start + work.count)
-            ids += (s.tokens if not s.draft else s.tokens + s.draft)[at.start : at.stop]
-            positions += at
-            slots += [s.blocks[p // size] * size + p % size for p in at]
-            requests += [i] * work.count
-            tables.append(s.blocks[: -(-at.stop // size)])
-        longest = max(map(len, tables))
-        table = torch.tensor([t + [0] * (longest - len(t)) for t in tables], dtype=torch.int32)
-        places = torch.tensor(positions)
-        rows = PagedRows(table, torch.tensor(requests, dtype=torch.int32), (places + 1).int(), size)
-        cos, sin = self.model.rope(places)
-        x = self.model.embed(torch.tensor(ids)).float().contiguous()
-        where, kept = torch.tensor(slots), self.cache.experts
+            s, start, end = work.sequence, work.start, work.start + work.count
+            tokens = s.tokens if not s.draft else s.tokens + s.draft
+            for p in range(start, end):
+                ids.append(tokens[p])
+                positions.append(p)
+                slots.append(s.blocks[p // size] * size + p % size)
+                requests.append(i)
+                lengths.append(p + 1)
+            table.extend(s.blocks[:longest])
+            table.extend(repeat(0, longest - min(len(s.blocks), longest)))
+        rows = PagedRows(_ints(table).view(-1, longest), _ints(requests), _ints(lengths), size)
+        cos, sin = self.model.rope(_longs(positions))
+        x = self.model.embed(_longs(ids)).float().contiguous()
+        where, kept = _longs(slots), self.cache.experts
         layers, k = self.decoder.experts
         chosen = None if kept is None else torch.empty(layers, len(ids), k, dtype=torch.int64)
         h: Tensor = self.model.norm(self.decoder.run(x, cos, sin, where, rows, chosen))
@@ -160,6 +160,15 @@ class Runner:
     def _span(self, row: int, start: int, count: int, blocks: Sequence[int]) -> Span:
         used = -(-(start + count) // self.block_size)
         return Span(row, start, count, self._tensor(blocks[:used]), self.block_size)
+
+
+def _longs(numbers: array[int]) -> Tensor:
+    """Over the same memory: several times faster than from a list."""
+    return torch.frombuffer(numbers, dtype=torch.int64)
+
+
+def _ints(numbers: array[int]) -> Tensor:
+    return torch.frombuffer(numbers, dtype=torch.int32)
 
 
 def _by_weights(works: Sequence[Work]) -> dict[Adapter | None, list[int]]:

@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rorqual.engine.request import SamplingParams, TokenLogprob
@@ -25,6 +27,15 @@ def uniform(seed: int, index: int) -> float:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return ((z ^ (z >> 31)) >> 11) / (1 << 53)
+
+
+def uniforms(seeds: Sequence[int], indices: Sequence[int]) -> NDArray[np.float64]:
+    """`uniform` of each pair."""
+    z = np.array([s & _MASK for s in seeds], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z += (np.array(indices, np.uint64) + np.uint64(1)) * np.uint64(0xD1B54A32D192ED03)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) / np.float64(1 << 53)
 
 
 class Drawable(NamedTuple):
@@ -64,7 +75,7 @@ def sample_rows(
     draws are those of `sample`.
     """
     drawn: list[tuple[int, TokenLogprob | None] | None] = [None] * len(params)
-    rows = [i for i, p in enumerate(params) if _only_temperature(p)]
+    rows = [i for i, p in enumerate(params) if p.only_temperature]
     if len(rows) < 2:
         return drawn
     picked = logits if len(rows) == len(params) else logits[rows]
@@ -76,7 +87,7 @@ def sample_rows(
     greedy = heat < GREEDY_BELOW
     scores = picked / torch.where(greedy, 1.0, heat)[:, None]
     cumulative = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
-    points = torch.tensor([uniform(seeds[i], indices[i]) for i in rows], dtype=torch.float64)
+    points = torch.from_numpy(uniforms([seeds[i] for i in rows], [indices[i] for i in rows]))
     found = torch.searchsorted(cumulative, points[:, None] * cumulative[:, -1:], right=True)
     tokens = torch.where(
         greedy, torch.tensor([best[i] for i in rows]), found[:, 0].clamp(max=logits.shape[1] - 1)
@@ -91,29 +102,13 @@ def sample_rows(
     return drawn
 
 
-def _only_temperature(params: SamplingParams) -> bool:
-    return (
-        _plain(params) and not (params.top_k or params.logprobs) and params.top_p == 1 and params.min_p == 0
-    )
-
-
-def _plain(params: SamplingParams) -> bool:
-    """Whether nothing changes the logits before they are scaled."""
-    return (
-        not params.logit_bias
-        and params.mask is None
-        and params.frequency_penalty == params.presence_penalty == 0
-        and params.repetition_penalty == 1
-    )
-
-
 def shape(logits: Tensor, params: SamplingParams, prompt: Sequence[int], completion: Sequence[int]) -> Tensor:
     """Bias, grammar and penalties; a copy where anything changes.
 
     frequency and presence: logit - count * frequency - (count > 0) * presence over the completion (OpenAI's formula);
     repetition: divided where positive, multiplied where negative, over prompt and completion (arXiv 1909.05858).
     """
-    if _plain(params):
+    if params.plain:
         return logits
     logits = logits.clone()
     if params.logit_bias:

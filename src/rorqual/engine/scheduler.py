@@ -17,7 +17,7 @@ from rorqual.engine.sequence import Sequence
 from rorqual.engine.speculative import propose
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Work:
     """`count` tokens of a sequence from `start`, to be computed in this step; guesses are among them."""
 
@@ -53,6 +53,7 @@ class Scheduler:
         self.pool, self.config, self.store = pool, config, store
         self.waiting: list[Sequence] = []  # in order
         self.running: list[Sequence] = []  # in order
+        self._preempted: set[Sequence] = set()  # in this step
         self.preemptions = 0
         self.hit_tokens = self.query_tokens = 0
 
@@ -70,14 +71,24 @@ class Scheduler:
         """The work of the next step; never empty while anything waits or runs."""
         budget = self.config.max_num_batched_tokens
         work: list[Work] = []
-        # decodes, then prompts under way, each in order
-        for sequence in sorted(self.running, key=lambda s: (len(s.tokens) - s.computed > 1, s.order)):
-            if sequence not in self.running or budget == 0:
-                continue  # pre-empted by one before it
+        self._preempted.clear()
+        # decodes, then prompts under way, each in order, which is that of `running`
+        decodes, prompts = [], []
+        for sequence in self.running:
+            (prompts if len(sequence.tokens) - sequence.computed > 1 else decodes).append(sequence)
+        for sequence in (*decodes, *prompts):
+            if budget == 0:
+                break
+            if sequence in self._preempted:
+                continue  # by one before it
             count = self._count(sequence, budget)
             if not count:
                 continue
-            if count == len(sequence.tokens) - sequence.computed == 1 and not self.waiting:
+            if (
+                self.config.speculate
+                and count == len(sequence.tokens) - sequence.computed == 1
+                and not self.waiting
+            ):
                 count += self._guess(sequence, budget - 1 - self._left(sequence, work))
             if self._reserve(sequence, count, work):
                 work.append(Work(sequence, sequence.computed, count))
@@ -170,6 +181,7 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         self.running.remove(victim)
+        self._preempted.add(victim)
         victim.draft = []
         self._release(victim)
         victim.preemptions += 1

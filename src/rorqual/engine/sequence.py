@@ -36,18 +36,16 @@ class Sequence:
     draft: list[int] = field(default_factory=list)  # guesses to be checked in this step
     prompt_logprobs: list[TokenLogprob | None] | None = None
     arrived_at: float = field(default_factory=time.monotonic)
+    prompt_len: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.prompt_ids)
         if not self.tokens:
             self.tokens = list(self.request.prompt_ids)
 
     @property
     def id(self) -> str:
         return self.request.request_id
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_ids)
 
     @property
     def completion(self) -> list[int]:

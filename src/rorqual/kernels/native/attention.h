@@ -14,10 +14,20 @@ constexpr int CHUNK = 64;   // keys between two looks at the running maximum
 constexpr int LANE_HEADS = 16;
 constexpr float LOWEST = -3.0e38f;  // finite, so that differences of maxima are never NaN
 
-inline const uint8_t* token_row(const PagedCache& c, int64_t request, int64_t token) {
-    const int64_t block = c.table[request * c.table_width + token / c.block_size];
-    return (const uint8_t*)c.data + (block * c.block_size + token % c.block_size) * c.stride;
-}
+// Where a request's tokens lie, one after the other: without a division for each.
+struct Walk {
+    const PagedCache& cache;
+    const int32_t* block;
+    int64_t within;
+
+    Walk(const PagedCache& c, int64_t request, int64_t from)
+        : cache(c), block(c.table + request * c.table_width + from / c.block_size), within(from % c.block_size) {}
+
+    const uint8_t* next() {
+        if (within == cache.block_size) block++, within = 0;
+        return (const uint8_t*)cache.data + (*block * cache.block_size + within++) * cache.stride;
+    }
+};
 
 // `width` stored values of a row, from value `from` of a part of `part` values → floats, zeros up to `padded`.
 inline void widen(int64_t type, const uint8_t* row, int64_t width, int64_t padded, float* out) {
@@ -96,6 +106,29 @@ inline void soften(State s, float* scores, int count, int live, int64_t stride, 
     store(s.top, top);
     store(s.sum, total);
     for (int j = 0; j < live; j++) rescale(s.out + j * stride, shrink[j], stride);
+}
+
+// The same for heads one by one, each with scores [CHUNK], whose rest is filled up.
+inline void soften_each(State s, float* scores, int count, int live, int64_t stride) {
+    const int padded = (int)up_to(count, 16);
+    for (int j = 0; j < live; j++) {
+        float* p = scores + j * CHUNK;
+        for (int i = count; i < padded; i++) p[i] = LOWEST;
+        F peaks = set1(s.top[j]);
+        for (int i = 0; i < padded; i += 16) peaks = max(peaks, load(p + i));
+        const float top = highest(peaks);
+        alignas(64) float shrink[16];
+        store(shrink, exp(set1(s.top[j] - top)));
+        F total = zero();
+        for (int i = 0; i < padded; i += 16) {
+            const F e = exp(sub(load(p + i), set1(top)));
+            store(p + i, e);
+            total = add(total, e);
+        }
+        s.top[j] = top;
+        s.sum[j] = s.sum[j] * shrink[0] + sum(total);
+        rescale(s.out + j * stride, shrink[0], stride);
+    }
 }
 
 #if defined(__AVX512BF16__)
@@ -223,8 +256,9 @@ struct Latent {
         const void* keys[CHUNK];
         for (int64_t from = begin; from < end; from += CHUNK) {
             const int count = (int)least(CHUNK, end - from);
+            Walk walk(cache, request, from);
             for (int i = 0; i < count; i++) {
-                keys[i] = token_row(cache, request, from + i);
+                keys[i] = walk.next();
                 if (!direct) keys[i] = copy((const uint8_t*)keys[i], wide, copies + i * padded() * 4);
             }
             int i = 0;
@@ -290,35 +324,58 @@ struct Grouped {
     }
 
     void attend(int64_t row, int64_t block, const void* q, int64_t begin, int64_t end, State s, void* scratch) const {
-        float *scores = (float*)scratch, *copies = scores + CHUNK * 16;
-        const void* rows[CHUNK];
+        float *scores = (float*)scratch, *copies = scores + CHUNK * LANE_HEADS;
+        const void *of_keys[CHUNK], *of_values[CHUNK];
         const int heads = live(block);
         for (int64_t from = begin; from < end; from += CHUNK) {
             const int count = (int)least(CHUNK, end - from);
-            const int64_t type = find(keys, row, block, from, count, rows, copies);
-            std::memset(scores, 0, count * 64);
-            for (int i = 0; i < count; i++)
-                if (type == BFLOAT16)
-                    score<true>((const float*)q, rows[i], heads, scores + 16 * i);
-                else
-                    score<false>((const float*)q, rows[i], heads, scores + 16 * i);
-            soften(s, scores, count, heads, stride, false);
-            find(values, row, block, from, count, rows, copies);
-            if (type == BFLOAT16)
-                add_values<true>(scores, rows, count, heads, s.out);
-            else
-                add_values<false>(scores, rows, count, heads, s.out);
+            find(keys, row, block, from, count, of_keys);
+            find(values, row, block, from, count, of_values);
+            const bool half = widen_rows(keys, count, of_keys, copies) == BFLOAT16;
+            for (int h = 0; h < heads; h += 4)
+                few(heads - h, [&](auto some) {
+                    const float* queries = (const float*)q + h * stride;
+                    if (half)
+                        score<some, true>(queries, of_keys, count, scores + h * CHUNK);
+                    else
+                        score<some, false>(queries, of_keys, count, scores + h * CHUNK);
+                });
+            soften_each(s, scores, count, heads, stride);
+            widen_rows(values, count, of_values, copies);
+            for (int h = 0; h < heads; h += 4)
+                few(heads - h, [&](auto some) {
+                    if (half)
+                        add_values<some, true>(scores + h * CHUNK, of_values, count, s.out + h * stride);
+                    else
+                        add_values<some, false>(scores + h * CHUNK, of_values, count, s.out + h * stride);
+                });
         }
     }
 
-    // Where `count` rows of a key head lie: in the cache, or widened to floats in `copies`. Returns their type.
-    int64_t find(const PagedCache& cache, int64_t row, int64_t block, int64_t from, int count, const void** rows,
-                 float* copies) const {
+    // `then` of the number of heads as a constant, 4 at most.
+    template <class Then>
+    static void few(int heads, Then then) {
+        if (heads >= 4) return then(std::integral_constant<int, 4>());
+        if (heads == 3) return then(std::integral_constant<int, 3>());
+        if (heads == 2) return then(std::integral_constant<int, 2>());
+        then(std::integral_constant<int, 1>());
+    }
+
+    // Where `count` rows of a key head lie. They are fetched at once: rows of a head lie too far apart for the processor
+    // to see the next one coming.
+    void find(const PagedCache& cache, int64_t row, int64_t block, int64_t from, int count, const void** rows) const {
+        Walk walk(cache, queries.request[row], from);
         for (int i = 0; i < count; i++) {
-            const uint8_t* at = token_row(cache, queries.request[row], from + i) + block / per_head * head_bytes;
+            const uint8_t* at = walk.next() + block / per_head * head_bytes;
+            for (int64_t byte = 0; byte < head_bytes; byte += 64) __builtin_prefetch(at + byte);
             rows[i] = at;
-            if (direct) continue;
-            widen(cache.type, at, width, stride, copies + i * stride);
+        }
+    }
+
+    // As they lie, or as floats in `copies`. Returns their type.
+    int64_t widen_rows(const PagedCache& cache, int count, const void** rows, float* copies) const {
+        for (int i = 0; i < count && !direct; i++) {
+            widen(cache.type, (const uint8_t*)rows[i], width, stride, copies + i * stride);
             rows[i] = copies + i * stride;
         }
         return direct ? cache.type : (int64_t)FLOAT32;
@@ -329,38 +386,44 @@ struct Grouped {
         return HALF ? load_bf16((const uint16_t*)row + c) : load((const float*)row + c);
     }
 
-    template <bool HALF>
-    void score(const float* q, const void* key, int heads, float* scores) const {
-        int j = 0;
-        for (; j + 2 <= heads; j += 2) {
-            F a = zero(), b = zero();
+    // Scores of H heads, each [CHUNK].
+    template <int H, bool HALF>
+    void score(const float* q, const void* const* keys, int count, float* scores) const {
+        for (int i = 0; i < count; i++) {
+            F a[H];
+            for (int j = 0; j < H; j++) a[j] = zero();
             for (int64_t c = 0; c < stride; c += 16) {
-                const F k = part<HALF>(key, c);
-                a = fma(k, load(q + j * stride + c), a);
-                b = fma(k, load(q + (j + 1) * stride + c), b);
+                const F k = part<HALF>(keys[i], c);
+                for (int j = 0; j < H; j++) a[j] = fma(k, load(q + j * stride + c), a[j]);
             }
-            scores[j] = sum(a) * queries.scale;
-            scores[j + 1] = sum(b) * queries.scale;
+            for (int j = 0; j < H; j++) scores[j * CHUNK + i] = sum(a[j]) * queries.scale;
         }
-        if (j == heads) return;
-        F a = zero();
-        for (int64_t c = 0; c < stride; c += 16) a = fma(part<HALF>(key, c), load(q + j * stride + c), a);
-        scores[j] = sum(a) * queries.scale;
     }
 
-    template <bool HALF>
-    void add_values(const float* p, const void* const* rows, int count, int heads, float* out) const {
-        for (int64_t c = 0; c < stride; c += 16)
-            for (int h = 0; h < heads; h += 4) {
-                const int some = (int)least(4, heads - h);
-                F a[4];
-                for (int j = 0; j < 4; j++) a[j] = j < some ? load(out + (h + j) * stride + c) : zero();
-                for (int s = 0; s < count; s++) {
-                    const F v = part<HALF>(rows[s], c);
-                    for (int j = 0; j < 4; j++) a[j] = fma(v, set1(p[16 * s + h + j]), a[j]);
-                }
-                for (int j = 0; j < some; j++) store(out + (h + j) * stride + c, a[j]);
+    template <int H, bool HALF>
+    void add_values(const float* p, const void* const* rows, int count, float* out) const {
+        constexpr int WIDE = 4 / (H > 2 ? 2 : 1);  // with two keys at a time, sums enough to hide how long each takes
+        int64_t c = 0;
+        for (; c + 16 * WIDE <= stride; c += 16 * WIDE) add_columns<H, HALF, WIDE>(p, rows, count, c, out + c);
+        for (; c < stride; c += 16) add_columns<H, HALF, 1>(p, rows, count, c, out + c);
+    }
+
+    template <int H, bool HALF, int WIDE>
+    void add_columns(const float* p, const void* const* rows, int count, int64_t c, float* out) const {
+        F a[2][H][WIDE];
+        for (int j = 0; j < H; j++)
+            for (int w = 0; w < WIDE; w++) a[0][j][w] = load(out + j * stride + 16 * w), a[1][j][w] = zero();
+        auto take = [&](int s, auto& to) {
+            for (int w = 0; w < WIDE; w++) {
+                const F v = part<HALF>(rows[s], c + 16 * w);
+                for (int j = 0; j < H; j++) to[j][w] = fma(v, set1(p[j * CHUNK + s]), to[j][w]);
             }
+        };
+        int s = 0;
+        for (; s + 2 <= count; s += 2) take(s, a[0]), take(s + 1, a[1]);
+        if (s < count) take(s, a[0]);
+        for (int j = 0; j < H; j++)
+            for (int w = 0; w < WIDE; w++) store(out + j * stride + 16 * w, add(a[0][j][w], a[1][j][w]));
     }
 };
 
