@@ -37,6 +37,7 @@ LOADS = (
     Load("batch 64, up to 128 tokens", 8, 8, 128, 6, 2.0),
     Load("batch 512, up to 9 tokens", 32, 16, 9, 6, 1.1),
 )
+TURNS = 3  # of ours and the peer one after the other: neighbours on the machine come and go
 
 
 def prompts(load: Load, step: int) -> list[str]:
@@ -88,6 +89,9 @@ def ours(folder: Path, load: Load) -> dict[str, float]:
 
 def peer(folder: Path, load: Load) -> dict[str, float]:
     """The same of TRL; runs where trl is installed."""
+    sys.path.remove(
+        str(Path(__file__).parent)
+    )  # transformers would take kernels.py for a package of that name
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -168,17 +172,23 @@ def main() -> None:
         folder = Path(work) / "model"
         make_model(folder)
         for number, load in enumerate(LOADS):
-            results = {}
-            for who, python in (("ours", sys.executable), ("peer", str(options.peer_python))):
-                command = [python, __file__, "--run", who, "--folder", str(folder), "--load", str(number)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
-                if line is None:
-                    raise SystemExit(done.stderr[-3000:])
-                results[who] = json.loads(line.removeprefix("RESULT "))
-                print(load.name, who, results[who], flush=True)
+            results: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
+            for _ in range(TURNS):
+                for who, python in (("ours", sys.executable), ("peer", str(options.peer_python))):
+                    command = [
+                        python, __file__, "--run", who, "--folder", str(folder), "--load", str(number)
+                    ]  # fmt: skip
+                    done = subprocess.run(command, capture_output=True, text=True)
+                    line = next((x for x in done.stdout.splitlines() if x.startswith("RESULT ")), None)
+                    if line is None:
+                        raise SystemExit(done.stderr[-3000:])
+                    results[who].append(json.loads(line.removeprefix("RESULT ")))
+                    print(load.name, who, results[who][-1], flush=True)
             size = load.prompts * load.group
-            a, b = results["ours"], results["peer"]
+            a, b = (
+                {key: median([turn[key] for turn in results[who]]) for key in ("seconds", "tokens")}
+                for who in ("ours", "peer")
+            )
             note = f"tokens a rollout {a['tokens']:.1f} against {b['tokens']:.1f}; a step with its update"
             rows.append(
                 faster(

@@ -7,7 +7,7 @@ from rorqual.kernels import rope
 from rorqual.kernels.native import Native
 from rorqual.kernels.norm import rms_norm_native, rms_norm_reference
 from rorqual.kernels.survey import survey, survey_reference
-from rorqual.model.rope import _half, _interleaved
+from rorqual.model.rope import half_reference, interleaved_reference, rotate_half, rotate_interleaved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -30,20 +30,26 @@ def test_norm_of_zeros_and_of_views(library: Native) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_rotation(library: Native, interleaved: bool, dtype: torch.dtype) -> None:
-    """A slice of wider rows, as the rotary part of a query is."""
-    x = torch.randn(5, 3, 20).to(dtype)[..., 6:]
-    angles = torch.randn(5, 7)
+@pytest.mark.parametrize("width", [14, 32, 80])
+@pytest.mark.parametrize("batched", [True, False])
+def test_rotation(library: Native, interleaved: bool, dtype: torch.dtype, width: int, batched: bool) -> None:
+    """A slice of wider rows, as the rotary part of a query is; rows of tokens share their angles or have their own."""
+    x = torch.randn(2, 5, 3, width + 6).to(dtype)[..., 6:]
+    angles = torch.randn(2, 5, width // 2) if batched else torch.randn(5, width // 2)
     cos, sin = angles.cos(), angles.sin()
-    want = (_interleaved if interleaved else _half)(x, cos, sin)
-    with torch.inference_mode():
-        assert rope.fits(x, cos)
-        got = rope.rope(x, cos, sin, interleaved)
-    torch.testing.assert_close(got, want, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
-
-
-def test_gradients_go_the_plain_way() -> None:
-    assert not rope.fits(torch.randn(1, 1, 4), torch.randn(1, 2))
+    assert rope.fits(x, cos)
+    rotate, reference = (
+        (rotate_interleaved, interleaved_reference) if interleaved else (rotate_half, half_reference)
+    )
+    found = []
+    for function in (rotate, reference):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf, cos, sin)
+        (out.float() * torch.linspace(-1, 1, width)).sum().backward()
+        found.append((out.detach(), leaf.grad))
+    bound = 1e-5 if dtype == torch.float32 else 2**-7
+    for ours, want in zip(*found, strict=True):
+        torch.testing.assert_close(ours, want, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("width", [5, 32, 1003])

@@ -57,14 +57,16 @@ def print_bill(name: str, facts: dict[str, Any]) -> None:
 
     console = Console()
     console.print(
-        f"[bold]{name}[/]: {_count(facts['parameters'])} parameters, {_count(facts['active_parameters'])} active"
+        f"[bold]{name}[/]: {_count(facts['parameters'])} parameters, {_count(facts['active_parameters'])} active",
+        soft_wrap=True,
     )
     for key, what in (("table_parameters", "in memory tables"), ("mtp_parameters", "in MTP modules")):
         if facts[key]:
             console.print(f"  {_count(facts[key])} {what}")
     console.print(
         f"  per token at {facts['context']:,} of context: {facts['train_flops_per_token'] / 1e9:,.2f} GFLOPs to train, "
-        f"{facts['decode_flops_per_token'] / 1e9:,.2f} GFLOPs to generate"
+        f"{facts['decode_flops_per_token'] / 1e9:,.2f} GFLOPs to generate",
+        soft_wrap=True,
     )
     table = Table("cache of a token", *(f"{bits} bits" for bits in CACHE_BITS), "against multi-head")
     ours, full = facts["cache_bytes_per_token"], facts["multi_head_cache_bytes"]
@@ -78,7 +80,8 @@ def print_bill(name: str, facts: dict[str, Any]) -> None:
     console.print(table)
     serve = ", ".join(f"{format_bytes(size)} at {bits} bits" for bits, size in facts["serve_bytes"].items())
     console.print(
-        f"  to serve {facts['users']} at {facts['context']:,} tokens (cache in bfloat16): {serve} a weight"
+        f"  to serve {facts['users']} at {facts['context']:,} tokens (cache in bfloat16): {serve} a weight",
+        soft_wrap=True,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rorqual.engine.cache import PagedCache
 from rorqual.kernels.attention import attention
+from rorqual.kernels.causal import fits, seen_attention
 from rorqual.kernels.gqa_attention import gqa_attention
 from rorqual.kernels.mla_attention import mla_attention
 from rorqual.kernels.native import native
@@ -177,6 +178,8 @@ def _tail_rows(span: Span) -> PagedRows:
 
 def _causal_tail(q: Tensor, k: Tensor, v: Tensor, scale: float, span: Span) -> Tensor:
     """Attention of the last `count` of `start + count` positions: q [1, H, T, D], k and v [1, Hkv, S, …]."""
+    if fits(q, k, v):
+        return seen_attention(q, k, v, scale)
     if span.start == 0:
         return attention(q, k, v, scale, causal=True)
     total = span.start + span.count

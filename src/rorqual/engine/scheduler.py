@@ -73,7 +73,8 @@ class Scheduler:
         work: list[Work] = []
         self._preempted.clear()
         # decodes, then prompts under way, each in order, which is that of `running`
-        decodes, prompts = [], []
+        decodes: list[Sequence] = []
+        prompts: list[Sequence] = []
         for sequence in self.running:
             (prompts if len(sequence.tokens) - sequence.computed > 1 else decodes).append(sequence)
         for sequence in (*decodes, *prompts):

@@ -92,7 +92,9 @@ class Causal:
         length = q.shape[2]
         if self.plain:
             out = attention_reference(q, k, v, scale, self.mask(length, q.device))
-        elif q.device.type == "cpu" and torch.is_grad_enabled() and length <= causal.LONGEST:
+        elif causal.fits(q, k, v) or (
+            q.device.type == "cpu" and torch.is_grad_enabled() and length <= causal.LONGEST
+        ):
             out = causal.causal_attention(q, k, v, scale, self.document_ids)
         elif self.document_ids is None:
             out = attention(q, k, v, scale, causal=True)
@@ -111,13 +113,18 @@ class Tree(Causal):
         super().__init__()
         self._previous = previous
         length = branch.shape[1]
-        same = (branch[:, None] == branch[:, :, None]) | (branch == 0)[:, None]
-        self._mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+        own = branch[:, None] == branch[:, :, None]
+        self._start = own.int().argmax(-1).int()  # where each token's own branch begins
+        self._shared = (branch == 0).sum(1, keepdim=True).expand_as(branch).int().contiguous()
+        seen = own | (branch == 0)[:, None]
+        self._mask = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
 
     def _shifted(self, ids: Tensor) -> Tensor:
         return ids.gather(1, self._previous)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if causal.fits(q, k, v):
+            return causal.seen_attention(q, k, v, scale, self._shared, self._start).transpose(1, 2)
         return attention(q, k, v, scale, mask=self._mask).transpose(1, 2)
 
 

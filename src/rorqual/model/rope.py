@@ -85,26 +85,36 @@ def softmax_scale(config: ModelConfig) -> float:
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (0,1), (2,3), … of x [*L, H, R] by cos, sin [*L, R/2] (DeepSeek's layout)."""
-    if rope_kernel.fits(x, cos):
-        return rope_kernel.rope(x, cos, sin, interleaved=True)
     return _rotated(_interleaved, x, cos, sin)
 
 
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + D/2) of x [*L, H, D] by cos, sin [*L, D/2] (the Llama layout)."""
-    if rope_kernel.fits(x, cos):
-        return rope_kernel.rope(x, cos, sin, interleaved=False)
     return _rotated(_half, x, cos, sin)
 
 
 def _interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if rope_kernel.fits(x, cos):
+        return rope_kernel.rope(x, cos, sin, interleaved=True)
+    return interleaved_reference(x, cos, sin)
+
+
+def _half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if rope_kernel.fits(x, cos):
+        return rope_kernel.rope(x, cos, sin, interleaved=False)
+    return half_reference(x, cos, sin)
+
+
+def interleaved_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition."""
     # (even + i odd) (cos + i sin): the same products and sums as written out, in one pass over neighbours
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
     turn = torch.complex(cos, sin).unsqueeze(-2)
     return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
 
 
-def _half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def half_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition."""
     first, second = x.float().chunk(2, -1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)

@@ -37,13 +37,15 @@ _SIGNATURES = {
     "mla": [_P, _P, _P, _I, _I, _F, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "gqa": [_P, _P, _P, _I, _I, _F, _P, _P, _I, _I, _I, _P, _I, _I, _I, _P, _I],
     "rms_norm": [_P, _I, _P, _I, _I, _F, _P, _I],
-    "rope": [_P, _I, _I, _I, _P, _P, _I, _I, _I, _I, _P, _I],
+    "rope": [_P, _I, _I, _I, _P, _P, _I, _I, _I, _I, _I, _P, _I],
     "survey": [_P, _I, _I, _P, _P],
     "gated": [_P, _P, _I, _I, _I, _I, _P, _I],
     "gated_back": [_P, _P, _I, _I, _P, _P, _I, _I, _P, _P, _I, _P, _P, _I],
+    "causal": [_P, _P, _P, _I],
+    "causal_back": [_P, _P, _P, _P, _P, _P, _P, _I],
     "layers": [_P, _I, _P, _I, _P, _I],
 }
-_SIZES = ("layer_bytes", "step_bytes")
+_SIZES = ("layer_bytes", "step_bytes", "causal_bytes")
 
 
 class Native:
@@ -71,9 +73,12 @@ class Native:
     survey: ctypes._NamedFuncPointer
     gated: ctypes._NamedFuncPointer
     gated_back: ctypes._NamedFuncPointer
+    causal: ctypes._NamedFuncPointer
+    causal_back: ctypes._NamedFuncPointer
     layers: ctypes._NamedFuncPointer
     layer_bytes: ctypes._NamedFuncPointer
     step_bytes: ctypes._NamedFuncPointer
+    causal_bytes: ctypes._NamedFuncPointer
 
     def use(self, isa: str) -> bool:
         """Run another variant from now on; False where this processor cannot."""

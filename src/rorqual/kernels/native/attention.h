@@ -54,6 +54,15 @@ inline void widen(int64_t type, const uint8_t* row, int64_t width, int64_t padde
     for (i = width; i < padded; i++) out[i] = 0;
 }
 
+inline float dot(const float* a, const float* b, int64_t width) {
+    F total = zero();
+    int64_t i = 0;
+    for (; i + 16 <= width; i += 16) total = fma(load(a + i), load(b + i), total);
+    float out = sum(total);
+    for (; i < width; i++) out += a[i] * b[i];
+    return out;
+}
+
 // Running softmax of 16 heads side by side: maxima, sums, and outputs [16][stride].
 struct State {
     float *top, *sum, *out;

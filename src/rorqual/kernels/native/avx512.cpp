@@ -3,9 +3,11 @@
 #include "quantised.h"
 
 #include "attention.h"
+#include "causal.h"
 #include "elementwise.h"
 #include "decoder.h"
 #include "gated.h"
 
 extern const Kernels kernels_avx512 = {
-    "avx512", linear, experts, rows, mla, gqa, rms_norm, rope, survey, gated, gated_back, layers};
+    "avx512", linear, experts, rows, mla, gqa, rms_norm, rope, survey, gated, gated_back, causal, causal_back,
+    layers};

@@ -17,15 +17,6 @@ inline void add_to(float* y, const float* x, int64_t count) {
     for (; i < count; i++) y[i] += x[i];
 }
 
-inline float dot(const float* a, const float* b, int64_t width) {
-    F total = zero();
-    int64_t i = 0;
-    for (; i + 16 <= width; i += 16) total = fma(load(a + i), load(b + i), total);
-    float out = sum(total);
-    for (; i < width; i++) out += a[i] * b[i];
-    return out;
-}
-
 inline void norm(const float* x, const float* w, int64_t n, int64_t width, float eps, float* y) {
     rms_norm(x, FLOAT32, w, n, width, eps, y, 1);
 }
@@ -129,7 +120,7 @@ void latent_attention(const Layer& l, const Step& s, const float* normed, float*
         }
     }
     for (int64_t i = 0; i < n; i++) norm(kv + i * (rank + rot), l.kv_norm, 1, rank, l.latent_eps, latent + i * rank);
-    rope(kv + rank, FLOAT32, rank + rot, rot, s.cosine, s.sine, n, 1, rot, l.interleaved, key, 1);
+    rope(kv + rank, FLOAT32, rank + rot, rot, s.cosine, s.sine, n, n, 1, rot, l.interleaved, key, 1);
     float row[4096];
     for (int64_t i = 0; i < n; i++) {
         std::memcpy(row, latent + i * rank, rank * sizeof(float));
@@ -137,7 +128,7 @@ void latent_attention(const Layer& l, const Step& s, const float* normed, float*
         keep(row, rank + rot, l.keys, s.slots[i]);
     }
     float* turned = rope_kept.take<float>(n * heads * rot);
-    rope(q + nope, FLOAT32, heads * qk, qk, s.cosine, s.sine, n, heads, rot, l.interleaved, turned, 1);
+    rope(q + nope, FLOAT32, heads * qk, qk, s.cosine, s.sine, n, n, heads, rot, l.interleaved, turned, 1);
     float* plain = nope_kept.take<float>(n * heads * nope);
     for (int64_t i = 0; i < n * heads; i++) std::memcpy(plain + i * nope, q + i * qk, nope * sizeof(float));
     float *wide = wide_kept.take<float>(n * heads * (2 * rank + rot)), *query = wide + n * heads * rank;
@@ -166,8 +157,8 @@ void grouped_attention(const Layer& l, const Step& s, const float* normed, float
         std::memcpy(q, turned, n * heads * width * sizeof(float));
         std::memcpy(k, key, n * kv_heads * width * sizeof(float));
     }
-    rope(q, FLOAT32, heads * width, width, s.cosine, s.sine, n, heads, width, 0, turned, 1);
-    rope(k, FLOAT32, kv_heads * width, width, s.cosine, s.sine, n, kv_heads, width, 0, key, 1);
+    rope(q, FLOAT32, heads * width, width, s.cosine, s.sine, n, n, heads, width, 0, turned, 1);
+    rope(k, FLOAT32, kv_heads * width, width, s.cosine, s.sine, n, n, kv_heads, width, 0, key, 1);
     for (int64_t i = 0; i < n; i++) {
         keep(key + i * kv_heads * width, kv_heads * width, l.keys, s.slots[i]);
         keep(v + i * kv_heads * width, kv_heads * width, l.values, s.slots[i]);

@@ -76,9 +76,9 @@ EXPORT void rorqual_rms_norm(const void* x, int64_t type, const void* w, int64_t
 }
 
 EXPORT void rorqual_rope(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const void* cosine,
-                         const void* sine, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y,
-                         int64_t threads) {
-    active->rope(x, type, token_stride, head_stride, (const float*)cosine, (const float*)sine, n, heads, width,
+                         const void* sine, int64_t period, int64_t n, int64_t heads, int64_t width, int64_t interleaved,
+                         void* y, int64_t threads) {
+    active->rope(x, type, token_stride, head_stride, (const float*)cosine, (const float*)sine, period, n, heads, width,
                  interleaved, y, (int)threads);
 }
 
@@ -98,6 +98,16 @@ EXPORT void rorqual_gated_back(const void* gate, const void* up, int64_t type, i
                        (float*)dots, (int)threads);
 }
 
+EXPORT void rorqual_causal(const void* call, void* out, void* sums, int64_t threads) {
+    active->causal(*(const CausalCall*)call, (float*)out, (float*)sums, (int)threads);
+}
+
+EXPORT void rorqual_causal_back(const void* call, const void* grad, const void* out, const void* sums, void* dq, void* dk,
+                                void* dv, int64_t threads) {
+    active->causal_back(*(const CausalCall*)call, *(const Heads*)grad, (const float*)out, (const float*)sums, (float*)dq,
+                        (float*)dk, (float*)dv, (int)threads);
+}
+
 EXPORT void rorqual_layers(const void* all, int64_t count, const void* step, int64_t hidden, void* x, int64_t threads) {
     active->layers((const Layer*)all, count, *(const Step*)step, hidden, (float*)x, (int)threads);
 }
@@ -105,3 +115,4 @@ EXPORT void rorqual_layers(const void* all, int64_t count, const void* step, int
 // Bytes of the structures above: the Python side's must agree.
 EXPORT int64_t rorqual_layer_bytes() { return sizeof(Layer); }
 EXPORT int64_t rorqual_step_bytes() { return sizeof(Step); }
+EXPORT int64_t rorqual_causal_bytes() { return sizeof(CausalCall); }

@@ -25,6 +25,19 @@ inline void put(void* y, int64_t type, int64_t i, F value) {
         store_bf16((uint16_t*)y + i, value);
 }
 
+// `count` values; `from` has room for whole vectors.
+inline void put_group(void* y, int64_t type, int64_t i, int64_t count, const float* from) {
+    for (; count >= 16; count -= 16, i += 16, from += 16) put(y, type, i, load(from));
+    if (!count) return;
+    if (type == FLOAT32) {
+        std::memcpy((float*)y + i, from, count * sizeof(float));
+    } else {
+        uint16_t rounded[16];
+        store_bf16(rounded, load(from));
+        std::memcpy((uint16_t*)y + i, rounded, count * sizeof(uint16_t));
+    }
+}
+
 inline F through(int64_t type, F x) {
     if (type == FLOAT32) return x;
     uint16_t rounded[16];
@@ -56,15 +69,15 @@ void rms_norm(const void* x, int64_t type, const void* w, int64_t n, int64_t wid
     }
 }
 
-// Rotates [n, heads, width] by cos, sin [n, width / 2]: pairs (2i, 2i + 1), or (i, i + width / 2). Strides in values.
+// Rotates [n, heads, width] by cos, sin [period, width / 2], over and over: pairs (2i, 2i + 1), or (i, i + width / 2). Strides in values.
 void rope(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const float* cosine,
-          const float* sine, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads) {
+          const float* sine, int64_t period, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads) {
     if (n * heads * width < SMALL) threads = 1;
-    const int64_t half = width / 2, step = interleaved ? 2 : 1, apart = interleaved ? 1 : half;
+    const int64_t half = width / 2;
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < n * heads; i++) {
         const int64_t from = i / heads * token_stride + i % heads * head_stride, to = i * width;
-        const float *c = cosine + i / heads * half, *s = sine + i / heads * half;
+        const float *c = cosine + i / heads % period * half, *s = sine + i / heads % period * half;
         int64_t j = 0;
         for (; !interleaved && j + 16 <= half; j += 16) {
             const F a = load_any(x, type, from + j), b = load_any(x, type, from + j + half);
@@ -72,10 +85,29 @@ void rope(const void* x, int64_t type, int64_t token_stride, int64_t head_stride
             put(y, type, to + j, sub(mul(a, cj), mul(b, sj)));
             put(y, type, to + j + half, add(mul(b, cj), mul(a, sj)));
         }
-        for (; j < half; j++) {
-            const float a = one(x, type, from + j * step), b = one(x, type, from + j * step + apart);
-            put_any(y, type, to + j * step, a * c[j] - b * s[j]);
-            put_any(y, type, to + j * step + apart, b * c[j] + a * s[j]);
+        for (; j < half; j += 16) {
+            const int64_t some = least(16, half - j);
+            alignas(64) float pairs[32], a[16], b[16], cosines[16], sines[16];
+            load_group(c, FLOAT32, j, some, 16, cosines);
+            load_group(s, FLOAT32, j, some, 16, sines);
+            if (interleaved) {
+                load_group(x, type, from + 2 * j, 2 * some, 32, pairs);
+                for (int k = 0; k < 16; k++) a[k] = pairs[2 * k], b[k] = pairs[2 * k + 1];
+            } else {
+                load_group(x, type, from + j, some, 16, a);
+                load_group(x, type, from + j + half, some, 16, b);
+            }
+            const F first = sub(mul(load(a), load(cosines)), mul(load(b), load(sines)));
+            const F second = add(mul(load(b), load(cosines)), mul(load(a), load(sines)));
+            store(a, first);
+            store(b, second);
+            if (interleaved) {
+                for (int k = 0; k < 16; k++) pairs[2 * k] = a[k], pairs[2 * k + 1] = b[k];
+                put_group(y, type, to + 2 * j, 2 * some, pairs);
+            } else {
+                put_group(y, type, to + j, some, a);
+                put_group(y, type, to + j + half, some, b);
+            }
         }
     }
 }

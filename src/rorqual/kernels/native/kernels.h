@@ -78,6 +78,20 @@ struct Step {
     int64_t* chosen;  // [layers of experts, N, chosen experts] to be filled, or none
 };
 
+// One matrix a head: [.., width] floats that lie side by side, and how far it is to the next row, head and token.
+struct Heads {
+    const void* data;
+    int64_t batch, head, token;
+};
+
+// Queries [B, H, T, width] that are the last of the keys [B, K, S, width]; shared and start [B, T], or none.
+struct CausalCall {
+    int64_t batch, heads, kv_heads, queries, keys, width, value_width;
+    Heads q, k, v;
+    const int32_t *shared, *start;
+    double scale;
+};
+
 struct Kernels {
     const char* isa;
     void (*linear)(const Weights&, const void* x, int64_t x_type, int64_t x_stride, int64_t n, int64_t matrices,
@@ -91,13 +105,16 @@ struct Kernels {
     void (*rms_norm)(const void* x, int64_t type, const void* w, int64_t n, int64_t width, float eps, void* y,
                      int threads);
     void (*rope)(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const float* cosine,
-                 const float* sine, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads);
+                 const float* sine, int64_t period, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads);
     void (*survey)(const float* x, int64_t n, int64_t width, int64_t* best, uint8_t* finite);
     void (*gated)(const void* gate, const void* up, int64_t type, int64_t stride, int64_t n, int64_t width, void* out,
                   int threads);
     void (*gated_back)(const void* gate, const void* up, int64_t type, int64_t stride, const void* grad,
                        const float* by, int64_t n, int64_t width, void* dgate, void* dup, int64_t dstride,
                        void* scaled, float* dots, int threads);
+    void (*causal)(const CausalCall&, float* out, float* sums, int threads);
+    void (*causal_back)(const CausalCall&, const Heads& grad, const float* out, const float* sums, float* dq, float* dk,
+                        float* dv, int threads);
     void (*layers)(const Layer* all, int64_t count, const Step&, int64_t hidden, float* x, int threads);
 };
 

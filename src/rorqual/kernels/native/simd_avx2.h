@@ -16,6 +16,7 @@ constexpr bool BF16_PAIRS = false;
 constexpr int ROWS = 4;
 constexpr int KEYS = 4;
 constexpr int HEADS = 2;
+constexpr int SUMS = 4;            // vectors that stay in registers while a product is added up
 
 inline F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline F set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -14,6 +14,7 @@ constexpr bool BF16_PAIRS = true;  // there is an instruction for products of bf
 constexpr int ROWS = 12;           // activation rows of a tile: 12 integer and 12 float accumulators fit 32 registers
 constexpr int KEYS = 8;            // keys of an attention tile
 constexpr int HEADS = 8;           // heads of a value tile, two vectors wide
+constexpr int SUMS = 16;            // vectors that stay in registers while a product is added up
 
 inline F zero() { return _mm512_setzero_ps(); }
 inline F set1(float x) { return _mm512_set1_ps(x); }

@@ -14,6 +14,7 @@ constexpr bool BF16_PAIRS = false;
 constexpr int ROWS = 4;
 constexpr int KEYS = 2;
 constexpr int HEADS = 2;
+constexpr int SUMS = 4;            // vectors that stay in registers while a product is added up
 
 template <class Op>
 inline F each(Op op) {
