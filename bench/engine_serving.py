@@ -49,7 +49,7 @@ def child(folder: Path, memory: float, context: int) -> None:
     """Measure one model in a process of its own; prints a line of JSON."""
     import torch
 
-    from rorqual.engine.blocks import block_hash, root_hash
+    from rorqual.engine.blocks import block_hash
     from rorqual.engine.config import EngineConfig
     from rorqual.engine.llm import LLM
     from rorqual.engine.request import Request, SamplingParams
@@ -76,7 +76,8 @@ def child(folder: Path, memory: float, context: int) -> None:
     params = SamplingParams(max_tokens=TOKENS + 1, temperature=0, ignore_eos=True)
     for user in range(users):
         prompt = torch.randint(0, engine.vocab_size, (context,), generator=generator).tolist()
-        name, held = root_hash(f"{engine.weights_version}/"), []
+        engine.add(Request(f"user-{user}", prompt, params))
+        name, held = engine._sequences[f"user-{user}"].hashes[0], []
         for at in range(0, context - size, size):
             name = block_hash(name, prompt[at : at + size])
             block = pool.allocate()
@@ -85,9 +86,10 @@ def child(folder: Path, memory: float, context: int) -> None:
             held.append(block)
         for block in held:
             pool.release(block)
-        engine.add(Request(f"user-{user}", prompt, params))
     while any(len(s.tokens) == s.prompt_len for s in engine._sequences.values()):
         engine.step()
+    hits = engine.stats().prefix_hit_tokens
+    assert hits == users * ((context - 1) // size * size), "the contexts are computed, not found"
     begin, made = time.perf_counter(), 0
     while engine.has_work():
         made += sum(len(d.token_ids) for d in engine.step())
