@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
@@ -17,6 +18,7 @@ os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 
 def main() -> None:
     """Measure and print."""
+    sys.path.remove(str(Path(__file__).parent))  # transformers would take kernels.py for a package of that name
     from vllm import LLM, SamplingParams
 
     llm = LLM(
