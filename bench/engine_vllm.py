@@ -18,7 +18,9 @@ os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")
 
 def main() -> None:
     """Measure and print."""
-    sys.path.remove(str(Path(__file__).parent))  # transformers would take kernels.py for a package of that name
+    sys.path.remove(
+        str(Path(__file__).parent)
+    )  # transformers would take kernels.py for a package of that name
     from vllm import LLM, SamplingParams
 
     llm = LLM(
