@@ -101,3 +101,10 @@ def test_non_finite_keys_reach_only_those_who_see_them(library: Native) -> None:
     out = seen_attention(q, k, v, 0.2)[0, 0]
     assert bool(out[:50].isfinite().all())
     assert not bool(out[50:].isfinite().any())
+
+
+def test_key_heads_that_are_taken_in_several_goes(library: Native) -> None:
+    q, k, v = torch.randn(6, 4, 1, 16), *(torch.randn(6, 2, 60_000, 16) for _ in range(2))
+    torch.testing.assert_close(
+        seen_attention(q, k, v, 0.25), attention_reference(q, k, v, 0.25), atol=1e-5, rtol=1e-4
+    )

@@ -96,7 +96,6 @@ struct Sight {
     }
 };
 
-// Keys of a (row, key head) with their columns side by side, and values likewise where the gradient wants them.
 inline int64_t padded_keys(const CausalCall& c) { return up_to(c.keys, BLOCK); }
 
 // scores [queries][BLOCK] of a block of queries and one of keys.
@@ -115,54 +114,58 @@ void causal(const CausalCall& c, float* out, float* sums, int threads) {
     static thread_local Scratch across_kept;
     const int64_t groups = c.heads / c.kv_heads, padded = padded_keys(c), pairs = c.batch * c.kv_heads;
     const int64_t blocks = (c.queries + BLOCK - 1) / BLOCK;
-    float* across = across_kept.take<float>(pairs * c.width * padded);
+    const int64_t together = most(1, least(pairs, (1 << 23) / (c.width * padded)));  // key heads, in 32 MB
+    float* across = across_kept.take<float>(together * c.width * padded);
     if (c.batch * c.heads * c.queries * c.keys < SMALL) threads = 1;
 #pragma omp parallel num_threads(threads)
     {
         static thread_local Scratch mine_kept;
         float *scores = mine_kept.take<float>(BLOCK * (BLOCK + c.value_width + 2)), *found = scores + BLOCK * BLOCK;
         float *top = found + BLOCK * c.value_width, *sum_of = top + BLOCK;
+        for (int64_t from = 0; from < pairs; from += together) {
+            const int64_t some = least(together, pairs - from), rows = some * groups;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t p = 0; p < pairs; p++)
-            transpose(at(c.k, p / c.kv_heads, p % c.kv_heads, 0), c.k.token, c.keys, padded, c.width,
-                      across + p * c.width * padded);
+            for (int64_t p = 0; p < some; p++)
+                transpose(at(c.k, (from + p) / c.kv_heads, (from + p) % c.kv_heads, 0), c.k.token, c.keys, padded, c.width,
+                          across + p * c.width * padded);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < c.batch * c.heads * blocks; task++) {
-            // the last blocks see most keys: they come first, so that threads end together
-            const int64_t block = blocks - 1 - task / (c.batch * c.heads), row = task % (c.batch * c.heads);
-            const int64_t b = row / c.heads, h = row % c.heads, first = block * BLOCK;
-            const int64_t count = least(BLOCK, c.queries - first), pair = b * c.kv_heads + h / groups;
-            const Sight sight(c, b);
-            const float* q = at(c.q, b, h, first);
-            for (int64_t i = 0; i < BLOCK; i++) top[i] = LOWEST, sum_of[i] = 0;
-            std::memset(found, 0, BLOCK * c.value_width * sizeof(float));
-            for (int64_t key = 0; key < c.keys; key += BLOCK) {
-                if (!sight.any(first, first + count, key)) continue;
-                block_scores(c, sight, q, first, count, across + pair * c.width * padded, key, scores);
-                for (int64_t i = 0; i < count; i++) {
-                    float* s = scores + i * BLOCK;
-                    F peaks = set1(top[i]);
-                    for (int64_t j = 0; j < BLOCK; j += 16) peaks = max(peaks, load(s + j));
-                    const float peak = highest(peaks);
-                    F total = zero();
-                    for (int64_t j = 0; j < BLOCK; j += 16) {
-                        const F e = exp(sub(load(s + j), set1(peak)));
-                        store(s + j, e);
-                        total = add(total, e);
+            for (int64_t task = 0; task < rows * blocks; task++) {
+                // the last blocks see most keys: they come first, so that threads end together
+                const int64_t block = blocks - 1 - task / rows, pair = task % rows / groups, first = block * BLOCK;
+                const int64_t b = (from + pair) / c.kv_heads, h = (from + pair) % c.kv_heads * groups + task % groups;
+                const int64_t count = least(BLOCK, c.queries - first);
+                const Sight sight(c, b);
+                const float* q = at(c.q, b, h, first);
+                for (int64_t i = 0; i < BLOCK; i++) top[i] = LOWEST, sum_of[i] = 0;
+                std::memset(found, 0, BLOCK * c.value_width * sizeof(float));
+                for (int64_t key = 0; key < c.keys; key += BLOCK) {
+                    if (!sight.any(first, first + count, key)) continue;
+                    block_scores(c, sight, q, first, count, across + pair * c.width * padded, key, scores);
+                    for (int64_t i = 0; i < count; i++) {
+                        float* s = scores + i * BLOCK;
+                        F peaks = set1(top[i]);
+                        for (int64_t j = 0; j < BLOCK; j += 16) peaks = max(peaks, load(s + j));
+                        const float peak = highest(peaks);
+                        F total = zero();
+                        for (int64_t j = 0; j < BLOCK; j += 16) {
+                            const F e = exp(sub(load(s + j), set1(peak)));
+                            store(s + j, e);
+                            total = add(total, e);
+                        }
+                        const float shrink = peak == top[i] ? 1.0f : std::exp(top[i] - peak);
+                        sum_of[i] = sum_of[i] * shrink + sum(total);
+                        top[i] = peak;
+                        rescale(found + i * c.value_width, shrink, c.value_width);
                     }
-                    const float shrink = peak == top[i] ? 1.0f : std::exp(top[i] - peak);
-                    sum_of[i] = sum_of[i] * shrink + sum(total);
-                    top[i] = peak;
-                    rescale(found + i * c.value_width, shrink, c.value_width);
+                    multiply(count, c.value_width, scores, BLOCK, 1, at(c.v, b, h / groups, key), c.v.token,
+                             least(BLOCK, c.keys - key), found, c.value_width, true);
                 }
-                multiply(count, c.value_width, scores, BLOCK, 1, at(c.v, b, h / groups, key), c.v.token,
-                         least(BLOCK, c.keys - key), found, c.value_width, true);
-            }
-            for (int64_t i = 0; i < count; i++) {
-                float* to = out + ((b * c.queries + first + i) * c.heads + h) * c.value_width;
-                const F by = set1(sum_of[i] == 0 ? 0.0f : 1.0f / sum_of[i]);
-                for (int64_t x = 0; x < c.value_width; x += 16) store(to + x, mul(load(found + i * c.value_width + x), by));
-                sums[row * c.queries + first + i] = sum_of[i] == 0 ? INFINITY : top[i] + std::log(sum_of[i]);
+                for (int64_t i = 0; i < count; i++) {
+                    float* to = out + ((b * c.queries + first + i) * c.heads + h) * c.value_width;
+                    const F by = set1(sum_of[i] == 0 ? 0.0f : 1.0f / sum_of[i]);
+                    for (int64_t x = 0; x < c.value_width; x += 16) store(to + x, mul(load(found + i * c.value_width + x), by));
+                    sums[(b * c.heads + h) * c.queries + first + i] = sum_of[i] == 0 ? INFINITY : top[i] + std::log(sum_of[i]);
+                }
             }
         }
     }
