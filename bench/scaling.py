@@ -31,20 +31,11 @@ def rows_of(tree: dict[str, Any]) -> list[Row]:
         )
     for x in tree["ladders"]:
         v = x["verdict"]
-        low, high = v["low"], v["high"]
-        note = f"predicted {v['predicted']:.3f} ({low:.3f} to {high:.3f}); loss falls as FLOPs^{v['exponent']:.3f}"
-        held = float(v["held"])
+        verdict = "inside" if v["held"] else "outside"
+        note = f"predicted {v['predicted']:.3f}, {v['low']:.3f} to {v['high']:.3f}: {verdict}"
+        law = f"FLOPs^{v['exponent']:.3f}"
         rows.append(
-            Row(
-                f"scaling, {x['setting']}: loss of the rung held back",
-                v["measured"],
-                None,
-                "",
-                held,
-                1.0,
-                "nats",
-                note,
-            )
+            Row(f"scaling, {x['setting']}: loss held back", v["measured"], None, law, unit="nats", note=note)
         )
     return rows
 
