@@ -1,15 +1,17 @@
 """How the recipe's factor moves with the size of the model: `rorqual scaling`, and its record.
 
-python bench/scaling.py --out runs/scaling       # more options go to the command; runs that are there are not repeated
+python bench/scaling.py --rungs 3 --seeds 3      # more options go to the command; runs that are there are not repeated
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,16 @@ from record import Row, write_record
 
 
 def rows_of(tree: dict[str, Any]) -> list[Row]:
-    """The factor at each rung and at ten times the last, and each setting's prediction of the rung held back."""
-    base = tree["ladders"][0]
+    """What was measured at each rung, then what the fits make of it, and each fit's prediction of the rung held back."""
+    base, other = ([_rung(runs) for _, runs in _by_steps(x["rungs"])] for x in tree["ladders"])
     rows = []
-    for i, (flops, factor) in enumerate(tree["gains"]):
-        runs = [r for r in base["rungs"] if r["flops"] == flops]
-        what = f"a run of {flops:.1e} FLOPs" if runs else f"predicted at {flops:.1e} FLOPs"
-        note = (
-            f"rung {i + 1}: {runs[0]['steps']:,} steps" if runs else "by both laws, ten times the last rung"
-        )
-        rows.append(
-            Row(f"scaling, {what}: FLOPs", factor, 1.0, base["setting"], factor, None, "x less", note)
-        )
+    for i, ((steps, flops, theirs), (own, ours_flops, ours)) in enumerate(zip(base, other, strict=True)):
+        note = f"{own:,} steps and {flops / ours_flops:.2f}x fewer FLOPs against {steps:,}; worst seed against best"
+        what = f"scaling, rung {i + 1}: loss below the baseline's"
+        rows.append(Row(what, min(theirs) - max(ours), None, "", unit="nats", note=note))
+    for flops, factor in tree["gains"]:
+        what = f"scaling, by the fits at {flops:.1e} FLOPs of the baseline"
+        rows.append(Row(what, factor, 1.0, tree["ladders"][0]["setting"], factor, None, "x less"))
     for x in tree["ladders"]:
         v = x["verdict"]
         verdict = "inside" if v["held"] else "outside"
@@ -38,6 +38,16 @@ def rows_of(tree: dict[str, Any]) -> list[Row]:
             Row(f"scaling, {x['setting']}: loss held back", v["measured"], None, law, unit="nats", note=note)
         )
     return rows
+
+
+def _by_steps(runs: list[dict[str, Any]]) -> Iterable[tuple[int, list[dict[str, Any]]]]:
+    for steps, some in itertools.groupby(runs, key=lambda r: int(r["steps"])):
+        yield steps, list(some)
+
+
+def _rung(runs: list[dict[str, Any]]) -> tuple[int, float, list[float]]:
+    """Steps, FLOPs and each seed's loss."""
+    return runs[0]["steps"], runs[0]["flops"], [r["loss"] for r in runs]
 
 
 def main() -> int:

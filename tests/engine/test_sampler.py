@@ -126,6 +126,9 @@ def test_values_out_of_range_are_named(field: str, value: object) -> None:
     assert e.value.param == field
 
 
+SEED = 0x1234567_89ABCDEF  # beyond 64 bits from the 15th on
+
+
 def test_rows_drawn_together_are_those_drawn_alone() -> None:
     logits = torch.randn(40, 17, generator=torch.Generator().manual_seed(5)) * 3
     params = [
@@ -133,10 +136,10 @@ def test_rows_drawn_together_are_those_drawn_alone() -> None:
         for i in range(40)
     ]
     together = sample_rows(
-        logits, params, list(range(40)), [3 * i for i in range(40)], logits.argmax(-1).tolist()
+        logits, params, list(range(40)), [i * SEED for i in range(40)], logits.argmax(-1).tolist()
     )
     for i, (one, found) in enumerate(zip(logits, together, strict=True)):
-        token, logprob = sample(row(one), params[i], [], [0] * i, 3 * i)
+        token, logprob = sample(row(one), params[i], [], [0] * i, i * SEED)
         if params[i].top_k:
             assert found is None
             continue

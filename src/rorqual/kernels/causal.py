@@ -87,6 +87,8 @@ class _Seen(torch.autograd.Function):
 def _call(
     q: Tensor, k: Tensor, v: Tensor, scale: float, shared: Tensor | None, start: Tensor | None
 ) -> _Call:
+    for x in (shared, start):
+        assert x is None or (x.dtype == torch.int32 and x.is_contiguous() and x.shape == (len(q), q.shape[2]))
     where = [None if x is None else x.data_ptr() for x in (shared, start)]
     sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     return _Call(*sizes, *(_heads(x) for x in (q, k, v)), *where, scale)

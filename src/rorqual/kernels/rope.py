@@ -1,5 +1,5 @@
 """Rotary embedding in one call: as torch operations its dispatch takes ten times as long as its work where a token is
-decoded, and its copies three times in training.
+decoded; in training pairs that lie apart take six times as long, neighbours a third longer.
 
 x [N, H, R] or [B, T, H, R], cos and sin [N, R/2], [B, T, R/2] or [T, R/2] float32 → x's shape and dtype.
 `interleaved`: the pairs (0, 1), (2, 3), …; else (i, i + R/2). The definitions are model/rope.py's.

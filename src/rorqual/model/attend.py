@@ -112,12 +112,17 @@ class Tree(Causal):
     def __init__(self, branch: Tensor, previous: Tensor) -> None:
         super().__init__()
         self._previous = previous
-        length = branch.shape[1]
+        self._branch = branch
         own = branch[:, None] == branch[:, :, None]
         self._start = own.int().argmax(-1).int()  # where each token's own branch begins
         self._shared = (branch == 0).sum(1, keepdim=True).expand_as(branch).int().contiguous()
-        seen = own | (branch == 0)[:, None]
-        self._mask = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+
+    def mask(self, length: int, device: torch.device) -> Tensor:
+        """[B, 1, T, T]: true where the key is no later and of the beginning or the same branch."""
+        if self._mask is None:
+            seen = (self._branch[:, None] == self._branch[:, :, None]) | (self._branch == 0)[:, None]
+            self._mask = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+        return self._mask
 
     def _shifted(self, ids: Tensor) -> Tensor:
         return ids.gather(1, self._previous)
@@ -125,7 +130,7 @@ class Tree(Causal):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if causal.fits(q, k, v):
             return causal.seen_attention(q, k, v, scale, self._shared, self._start).transpose(1, 2)
-        return attention(q, k, v, scale, mask=self._mask).transpose(1, 2)
+        return attention(q, k, v, scale, mask=self.mask(q.shape[2], q.device)).transpose(1, 2)
 
 
 @dataclass

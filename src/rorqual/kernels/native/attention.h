@@ -142,7 +142,7 @@ inline void soften_each(State s, float* scores, int count, int live, int64_t str
 
 #if defined(__AVX512BF16__)
 // Scores of keys of bfloat16: q [width / 2][16] pairs, one key pair broadcast against the pairs of 16 heads. The `next` keys
-// are fetched meanwhile: left to the processor, attention over 8,192 tokens takes 6.7 ms a token instead of 5.7.
+// are fetched meanwhile: left to the processor, six layers of 16 heads over 8,192 tokens take 6.7 ms a token instead of 5.7.
 template <int K>
 inline void score_pairs(const uint32_t* q, const void* const* keys, const void* const* next, int64_t width, float scale,
                         float* scores) {

@@ -69,45 +69,65 @@ void rms_norm(const void* x, int64_t type, const void* w, int64_t n, int64_t wid
     }
 }
 
-// Rotates [n, heads, width] by cos, sin [period, width / 2], over and over: pairs (2i, 2i + 1), or (i, i + width / 2). Strides in values.
+// One row of pairs (2i, 2i + 1); c and s [width padded to 16] hold each pair's cosine twice, and its sine, first negated.
+inline void rotate_pairs(const void* x, int64_t type, int64_t from, const float* c, const float* s, int64_t width, void* y,
+                         int64_t to) {
+    for (int64_t j = 0; j < width; j += 16) {
+        const int64_t some = least(16, width - j);
+        alignas(64) float part[16];
+        if (some < 16) load_group(x, type, from + j, some, 16, part);
+        const F v = some < 16 ? load(part) : load_any(x, type, from + j);
+        const F turned = add(mul(v, load(c + j)), mul(swap_pairs(v), load(s + j)));
+        if (some < 16) {
+            store(part, turned);
+            put_group(y, type, to + j, some, part);
+        } else {
+            put(y, type, to + j, turned);
+        }
+    }
+}
+
+// One row of pairs (i, i + half).
+inline void rotate_halves(const void* x, int64_t type, int64_t from, const float* c, const float* s, int64_t half, void* y,
+                          int64_t to) {
+    for (int64_t j = 0; j < half; j += 16) {
+        const int64_t some = least(16, half - j);
+        alignas(64) float a[16], b[16], cosines[16], sines[16];
+        load_group(x, type, from + j, some, 16, a);
+        load_group(x, type, from + j + half, some, 16, b);
+        load_group(c, FLOAT32, j, some, 16, cosines);
+        load_group(s, FLOAT32, j, some, 16, sines);
+        const F first = sub(mul(load(a), load(cosines)), mul(load(b), load(sines)));
+        const F second = add(mul(load(b), load(cosines)), mul(load(a), load(sines)));
+        store(a, first);
+        store(b, second);
+        put_group(y, type, to + j, some, a);
+        put_group(y, type, to + j + half, some, b);
+    }
+}
+
+// Rotates [n, heads, width] by cos, sin [period, width / 2], over and over: pairs (2i, 2i + 1), or (i, i + width / 2).
+// Strides in values.
 void rope(const void* x, int64_t type, int64_t token_stride, int64_t head_stride, const float* cosine,
           const float* sine, int64_t period, int64_t n, int64_t heads, int64_t width, int64_t interleaved, void* y, int threads) {
     if (n * heads * width < SMALL) threads = 1;
-    const int64_t half = width / 2;
+    const int64_t half = width / 2, padded = up_to(width, 16);
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < n * heads; i++) {
-        const int64_t from = i / heads * token_stride + i % heads * head_stride, to = i * width;
-        const float *c = cosine + i / heads % period * half, *s = sine + i / heads % period * half;
-        int64_t j = 0;
-        for (; !interleaved && j + 16 <= half; j += 16) {
-            const F a = load_any(x, type, from + j), b = load_any(x, type, from + j + half);
-            const F cj = load(c + j), sj = load(s + j);
-            put(y, type, to + j, sub(mul(a, cj), mul(b, sj)));
-            put(y, type, to + j + half, add(mul(b, cj), mul(a, sj)));
+    for (int64_t i = 0; i < n; i++) {
+        static thread_local Scratch twice_kept;
+        const float *c = cosine + i % period * half, *s = sine + i % period * half;
+        float *twice = twice_kept.take<float>(2 * padded), *signs = twice + padded;
+        for (int64_t j = 0; interleaved && j < half; j++) {
+            twice[2 * j] = twice[2 * j + 1] = c[j];
+            signs[2 * j] = -s[j], signs[2 * j + 1] = s[j];
         }
-        for (; j < half; j += 16) {
-            const int64_t some = least(16, half - j);
-            alignas(64) float pairs[32], a[16], b[16], cosines[16], sines[16];
-            load_group(c, FLOAT32, j, some, 16, cosines);
-            load_group(s, FLOAT32, j, some, 16, sines);
-            if (interleaved) {
-                load_group(x, type, from + 2 * j, 2 * some, 32, pairs);
-                for (int k = 0; k < 16; k++) a[k] = pairs[2 * k], b[k] = pairs[2 * k + 1];
-            } else {
-                load_group(x, type, from + j, some, 16, a);
-                load_group(x, type, from + j + half, some, 16, b);
-            }
-            const F first = sub(mul(load(a), load(cosines)), mul(load(b), load(sines)));
-            const F second = add(mul(load(b), load(cosines)), mul(load(a), load(sines)));
-            store(a, first);
-            store(b, second);
-            if (interleaved) {
-                for (int k = 0; k < 16; k++) pairs[2 * k] = a[k], pairs[2 * k + 1] = b[k];
-                put_group(y, type, to + 2 * j, 2 * some, pairs);
-            } else {
-                put_group(y, type, to + j, some, a);
-                put_group(y, type, to + j + half, some, b);
-            }
+        for (int64_t j = width; j < padded; j++) twice[j] = signs[j] = 0;
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t from = i * token_stride + h * head_stride, to = (i * heads + h) * width;
+            if (interleaved)
+                rotate_pairs(x, type, from, twice, signs, width, y, to);
+            else
+                rotate_halves(x, type, from, c, s, half, y, to);
         }
     }
 }

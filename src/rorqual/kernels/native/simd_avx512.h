@@ -27,6 +27,7 @@ inline F div(F a, F b) { return _mm512_div_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F abs(F a) { return _mm512_abs_ps(a); }
+inline F swap_pairs(F a) { return _mm512_permute_ps(a, 0xb1); }  // 1, 0, 3, 2, …
 inline float sum(F a) { return _mm512_reduce_add_ps(a); }
 inline float highest(F a) { return _mm512_reduce_max_ps(a); }
 

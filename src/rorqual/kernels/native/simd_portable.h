@@ -53,6 +53,7 @@ inline F fma(F x, F y, F z) { return each([&](int i) { return x.v[i] * y.v[i] + 
 inline F max(F x, F y) { return each([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; }); }
 inline F abs(F x) { return each([&](int i) { return std::fabs(x.v[i]); }); }
 
+inline F swap_pairs(F x) { return each([&](int i) { return x.v[i ^ 1]; }); }  // 1, 0, 3, 2, …
 inline float sum(F x) {
     for (int half = 8; half; half /= 2)
         for (int i = 0; i < half; i++) x.v[i] += x.v[i + half];
