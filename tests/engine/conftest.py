@@ -45,6 +45,7 @@ GQA = dataclasses.replace(  # with everything of ours, so that the engine carrie
     value_embeddings=True,
     ngram_table_size=64,
     triple_table_size=96,
+    induction=3,
     x0_residual=True,
     smear=True,
 )

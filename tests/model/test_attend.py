@@ -77,6 +77,7 @@ def test_packed_documents_do_not_see_each_other(make_model, family: str, plain: 
         "architecture": "RorqualForCausalLM",
         "ngram_table_size": 64,
         "triple_table_size": 96,
+        "induction": 3,
         "smear": True,
     }
     model = make_model(family, **extra)
@@ -97,6 +98,7 @@ def test_tables_and_smear_decode_as_they_train(make_model) -> None:
         "architecture": "RorqualForCausalLM",
         "ngram_table_size": 64,
         "triple_table_size": 96,
+        "induction": 3,
         "smear": True,
         "value_embeddings": True,
         "x0_residual": True,

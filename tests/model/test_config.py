@@ -20,6 +20,7 @@ def test_extensions_read_back_equal_and_need_our_architecture(make_config) -> No
         "logit_softcap": 15.0,
         "value_embeddings": True,
         "ngram_table_size": 64,
+        "induction": 4,
         "x0_residual": True,
         "smear": True,
     }

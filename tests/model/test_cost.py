@@ -85,11 +85,12 @@ def test_tables_are_parameters_without_flops() -> None:
             base,
             architecture="RorqualForCausalLM",
             ngram_table_size=1000,
+            induction=4,
             value_embeddings=True,
             x0_residual=True,
         )
     )
-    assert tabled.tables == 1000 * 576 + 15 * 49152 * 192
+    assert tabled.tables == 1000 * 576 + 49152 * 576 + 15 * 49152 * 192
     assert tabled.matmul - plain.matmul == 15 * 576  # the value embeddings' gates
 
 

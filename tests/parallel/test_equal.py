@@ -14,7 +14,8 @@ from rorqual.train.shape import Shape
 
 DEEPSEEK = {
     "depth": 3, "width": 32, "heads": 4, "experts": 12, "experts_per_token": 3, "mtp": 1, "qk_norm": True,
-    "x0_residual": True, "value_embeddings": True, "ngram_table_size": 32, "smear": True, "zero_output": False,
+    "x0_residual": True, "value_embeddings": True, "ngram_table_size": 32, "induction": 2, "smear": True,
+    "zero_output": False,
 }  # fmt: skip
 V2 = {
     "depth": 2,

@@ -145,6 +145,8 @@ def test_kinds() -> None:
     want = {
         "embed_tokens.weight": "embedding",
         "ngram.weight": "table",
+        "induction.weight": "embedding",
+        "induction.scale": "vector",
         "value_embeddings.1.weight": "embedding",
         "lm_head.weight": "head",
         "layers.0.self_attn.o_proj.weight": "matrix",

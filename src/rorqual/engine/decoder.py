@@ -90,8 +90,15 @@ class Decoder:
         config = model.config
         if library.layer_bytes() != ctypes.sizeof(_Layer) or library.step_bytes() != ctypes.sizeof(_Step):
             raise AssertionError("the structures of decoder.py are not those of kernels.h")
-        if any((model.x0_mix is not None, len(model.value_embeddings), model.looks_back)):
-            raise Unfit("x0, value embeddings, tables or smear between layers")
+        if any(
+            (
+                model.x0_mix is not None,
+                len(model.value_embeddings),
+                model.looks_back,
+                model.induction is not None,
+            )
+        ):
+            raise Unfit("x0, value embeddings, induction, tables or smear between layers")
         if cache.dtype not in (torch.float32, torch.bfloat16):
             raise Unfit("a cache at 8 bits")
         self.model, self.hidden, self._library = model, config.hidden_size, library

@@ -23,6 +23,7 @@ from rorqual.kernels.mla_attention import mla_attention
 from rorqual.kernels.native import native
 from rorqual.kernels.paged import PagedRows
 from rorqual.kernels.triton import has_triton
+from rorqual.model.memory import Found
 
 if TYPE_CHECKING:
     from rorqual.model.gqa import GQA
@@ -63,9 +64,15 @@ def slots(blocks: Tensor, start: int, end: int, block_size: int) -> Tensor:
 class Paged:
     """Built once a step; all layers share its gather indices and masks."""
 
-    def __init__(self, cache: PagedCache, spans: Sequence[Span], previous: tuple[Tensor, ...]) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        spans: Sequence[Span],
+        previous: tuple[Tensor, ...],
+        found: Found | None = None,
+    ) -> None:
         self.cache = cache
-        self._previous = previous
+        self._previous, self._found = previous, found
         self.new_slots = torch.cat([s.new_slots for s in spans])
         self._chunks = [s for s in spans if s.count > 1 or s.start == 0]
         decodes = [s for s in spans if s.count == 1 and s.start > 0]
@@ -91,6 +98,10 @@ class Paged:
 
     def previous_ids(self, ids: Tensor, count: int) -> tuple[Tensor, ...]:
         return self._previous[:count]
+
+    def followers(self, ids: Tensor, longest: int) -> Found:
+        assert self._found is not None
+        return self._found
 
     def mla(
         self, layer: int, attn: MLA, q_nope: Tensor, q_rope: Tensor, c_kv: Tensor, k_rope: Tensor

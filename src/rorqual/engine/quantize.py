@@ -25,7 +25,7 @@ from rorqual.model.transformer import Transformer
 
 KIND: dict[int, Kind] = {4: "int4_min", 8: "int8"}
 SENSITIVE = ("lm_head", "embed_tokens", "kv_b_proj", "eh_proj")
-WIDE = ("value_embeddings", "ngram", "triples", "smear_gate")
+WIDE = ("value_embeddings", "ngram", "triples", "induction", "smear_gate")
 
 
 def check(bits: int, group: int) -> None:

@@ -16,6 +16,7 @@ from rorqual.engine.decoder import decoder
 from rorqual.engine.paged import Paged, Span, slots
 from rorqual.engine.scheduler import Work
 from rorqual.kernels.paged import PagedRows
+from rorqual.model.memory import Found
 from rorqual.model.moe import Routing
 from rorqual.model.transformer import Transformer
 
@@ -98,14 +99,23 @@ class Runner:
         before: list[list[int]] = [[] for _ in back]
         positions: list[int] = []
         spans: list[Span] = []
+        followed: list[int] = []
+        matched: list[int] = []
         for work in works:
             tokens, end = work.sequence.tokens + work.sequence.draft, work.start + work.count
+            if model.induction is not None:
+                found_ids, lengths = work.sequence.lookup(model.induction.longest).find(
+                    tokens, work.start, end
+                )
+                followed += found_ids
+                matched += lengths
             spans.append(self._span(len(ids), work.start, work.count, work.sequence.blocks))
             ids += tokens[work.start : end]
-            for found, n in zip(before, back, strict=True):
-                found += [tokens[max(at - n, 0)] for at in range(work.start, end)]
+            for one, n in zip(before, back, strict=True):
+                one += [tokens[max(at - n, 0)] for at in range(work.start, end)]
             positions += range(work.start, end)
-        attend = Paged(self.cache, spans, tuple(self._tensor(found) for found in before))
+        found = Found(self._tensor(followed), self._tensor(matched)) if model.induction is not None else None
+        attend = Paged(self.cache, spans, tuple(self._tensor(x) for x in before), found)
         routing = None if self.cache.experts is None else Routing()
         h: Tensor = model(self._tensor(ids), self._tensor(positions), attend, routing)
         if self.cache.experts is not None and routing is not None:

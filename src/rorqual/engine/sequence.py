@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rorqual.engine.blocks import Hash
+from rorqual.engine.lookup import Lookup
 from rorqual.engine.request import Request, TokenLogprob
 from rorqual.engine.stop import StopChecker
 
@@ -35,6 +36,7 @@ class Sequence:
     guess: list[int] = field(default_factory=list)  # of the model's own module, for the next step
     draft: list[int] = field(default_factory=list)  # guesses to be checked in this step
     prompt_logprobs: list[TokenLogprob | None] | None = None
+    _lookup: Lookup | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     prompt_len: int = field(init=False)
 
@@ -42,6 +44,12 @@ class Sequence:
         self.prompt_len = len(self.request.prompt_ids)
         if not self.tokens:
             self.tokens = list(self.request.prompt_ids)
+
+    def lookup(self, longest: int) -> Lookup:
+        """What is known of its repetitions, for a model that reads them."""
+        if self._lookup is None:
+            self._lookup = Lookup(longest)
+        return self._lookup
 
     @property
     def id(self) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rorqual.kernels import causal
 from rorqual.kernels.attention import attention, attention_reference
+from rorqual.model.memory import Found, followers, followers_reference
 
 if TYPE_CHECKING:
     from rorqual.model.gqa import GQA
@@ -38,6 +39,10 @@ class Attend(Protocol):
     def previous_ids(self, ids: Tensor, count: int) -> tuple[Tensor, ...]:
         """The token before each of `ids` [*L], the one before that, … `count` of them; where none is, the earliest
         that is there."""
+
+    def followers(self, ids: Tensor, longest: int) -> Found:
+        """What followed the runs of up to `longest` tokens that end with each of `ids` [*L] when they stood in its
+        context before."""
 
 
 class Causal:
@@ -68,15 +73,21 @@ class Causal:
             found.append(ids)
         return tuple(found)
 
+    def followers(self, ids: Tensor, longest: int) -> Found:
+        return followers(ids, self._first(ids), longest)
+
     def _shifted(self, ids: Tensor) -> Tensor:
         """Each token's predecessor; a document's first token is its own."""
-        shifted = torch.cat((ids[..., :1], ids[..., :-1]), -1)
-        if self.document_ids is None:
-            return shifted
+        return torch.where(self._first(ids), ids, ids.roll(1, -1))
+
+    def _first(self, ids: Tensor) -> Tensor:
+        """Where documents begin [B, T]."""
         d = self.document_ids
-        first = torch.ones_like(d, dtype=torch.bool)
-        first[..., 1:] = d[..., 1:] != d[..., :-1]
-        return torch.where(first, ids, shifted)
+        first = torch.zeros_like(ids, dtype=torch.bool)
+        first[..., 0] = True
+        if d is not None:
+            first[..., 1:] = d[..., 1:] != d[..., :-1]
+        return first
 
     def mask(self, length: int, device: torch.device) -> Tensor:
         """[B or 1, 1, T, T]: true where the key is no later and of the same document."""
@@ -124,6 +135,9 @@ class Tree(Causal):
             self._mask = (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
         return self._mask
 
+    def followers(self, ids: Tensor, longest: int) -> Found:
+        return followers_reference(ids, self.mask(ids.shape[1], ids.device)[:, 0], self._previous, longest)
+
     def _shifted(self, ids: Tensor) -> Tensor:
         return ids.gather(1, self._previous)
 
@@ -143,7 +157,7 @@ class KVCache:
     """
 
     layers: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    last_ids: Tensor | None = None  # [B, up to 2], for models that look back
+    ids: Tensor | None = None  # [B, S], for models that look back
 
     def extend(self, layer: int, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Append [B, T, …] to a layer and return the whole of it [B, S, …]."""
@@ -189,10 +203,20 @@ class Cached:
         return self._attend(q, k, v, attn.scale)
 
     def previous_ids(self, ids: Tensor, count: int) -> tuple[Tensor, ...]:
-        known = ids if self.cache.last_ids is None else torch.cat((self.cache.last_ids, ids), 1)
-        self.cache.last_ids = known[:, -count:]
+        known = self._known(ids)
         at = torch.arange(known.shape[1] - ids.shape[1], known.shape[1], device=ids.device)
         return tuple(known[:, (at - back).clamp(min=0)] for back in range(1, count + 1))
+
+    def followers(self, ids: Tensor, longest: int) -> Found:
+        known = self._known(ids)
+        found = followers(known, torch.zeros_like(known, dtype=torch.bool), longest)
+        return Found(*(x[:, -ids.shape[1] :] for x in found))
+
+    def _known(self, ids: Tensor) -> Tensor:
+        """All tokens up to the new ones; asked before the layers add them to the cache."""
+        old = self.cache.ids
+        self.cache.ids = ids if old is None else torch.cat((old[:, : self.cache.length], ids), 1)
+        return self.cache.ids
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         new, total = q.shape[1], k.shape[1]

@@ -90,6 +90,9 @@ class ModelConfig:
     value_embeddings: bool = False  # a gated table row of the token added to the values, on every other layer
     ngram_table_size: int = 0  # rows of the table of hashed token pairs, added before each layer
     triple_table_size: int = 0  # rows of another, of token triples
+    induction: int = (
+        0  # longest run of tokens looked up in the context, whose follower's row each layer reads
+    )
     x0_residual: bool = False  # each layer reads a learned mix of its input and the embeddings
     smear: bool = False  # each embedding takes a gated part of its predecessor's
 
@@ -160,6 +163,7 @@ EXTENSION_KEYS = (
     "value_embeddings",
     "ngram_table_size",
     "triple_table_size",
+    "induction",
     "x0_residual",
     "smear",
 )
@@ -186,7 +190,7 @@ def _check(c: ModelConfig) -> None:
     )
     need(c.num_nextn_predict_layers >= 0, "num_nextn_predict_layers", "must be 0 or more")
     need(c.logit_softcap is None or c.logit_softcap > 0, "logit_softcap", "must be above 0, or null")
-    for name in ("ngram_table_size", "triple_table_size"):
+    for name in ("ngram_table_size", "triple_table_size", "induction"):
         need(getattr(c, name) >= 0, name, "must be 0 (off) or more")
     need(
         c.rotary_dim % 2 == 0 and c.rotary_dim > 0,

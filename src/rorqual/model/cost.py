@@ -80,7 +80,7 @@ def cost(config: ModelConfig) -> Cost:
     with torch.device("meta"):
         model = Transformer(config)
     mtp = sum(p.numel() for p in model.mtp.parameters())
-    tables = sum(t.weight.numel() for t in (model.ngram, model.triples) if t is not None)
+    tables = sum(t.weight.numel() for t in (model.ngram, model.triples, model.induction) if t is not None)
     tables += sum(p.numel() for n, p in model.value_embeddings.named_parameters() if ".gate." not in n)
     total = idle = vectors = 0
     for name, p in model.named_parameters():  # a tied head is listed once, as the embedding
@@ -91,7 +91,7 @@ def cost(config: ModelConfig) -> Cost:
             idle += (
                 p.numel() * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
             )
-        if p.dim() == 1 or name == "x0_mix":
+        if p.dim() == 1 or name in ("x0_mix", "induction.scale"):
             vectors += p.numel()  # norms, biases and scales: in no matrix product
     embedding = 0 if config.tie_word_embeddings else model.embed_tokens.weight.numel()
     active = total - idle - tables - embedding

@@ -14,7 +14,7 @@ from rorqual.model.attend import Attend
 from rorqual.model.block import Block
 from rorqual.model.config import ModelConfig
 from rorqual.model.layers import RMSNorm, apply_keeping_float32
-from rorqual.model.memory import NgramTable, ValueEmbedding, has_value_embedding
+from rorqual.model.memory import Induction, NgramTable, ValueEmbedding, has_value_embedding
 from rorqual.model.moe import MoE, Router, Routing
 from rorqual.model.mtp import MTP
 from rorqual.model.rope import attention_factor, inv_freq
@@ -49,6 +49,7 @@ class Transformer(nn.Module):
         pairs, triples = config.ngram_table_size, config.triple_table_size
         self.ngram = NgramTable(config, pairs) if pairs else None
         self.triples = NgramTable(config, triples) if triples else None
+        self.induction = Induction(config) if config.induction else None
         self.x0_mix = nn.Parameter(torch.empty(config.num_hidden_layers, 2)) if config.x0_residual else None
         self.smear_gate = nn.Linear(config.hidden_size, 1, bias=True) if config.smear else None
         nowhere = (
@@ -77,6 +78,8 @@ class Transformer(nn.Module):
         rows = [
             (t.scale, t(ids, *before[:n])) for n, t in ((1, self.ngram), (2, self.triples)) if t is not None
         ]
+        if self.induction is not None:
+            rows.append(self.induction(attend.followers(ids, self.induction.longest)))
         for i, layer in enumerate(self.layers):
             if self.x0_mix is not None:
                 x = self.x0_mix[i, 0] * x + self.x0_mix[i, 1] * x0
@@ -165,6 +168,8 @@ class Transformer(nn.Module):
             for table in (self.ngram, self.triples):
                 if table is not None:
                     table.scale.fill_(0.1)
+            if self.induction is not None:
+                self.induction.scale.fill_(1.0)
             if self.smear_gate is not None:
                 self.smear_gate.bias.fill_(-4.0)  # nearly closed: a token starts as itself
             for _, router in self.routers():

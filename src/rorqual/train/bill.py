@@ -17,6 +17,7 @@ OPTIONS: dict[str, Any] = {
     "value_embeddings": False,
     "ngram_table_size": 0,
     "triple_table_size": 0,
+    "induction": 0,
     "x0_residual": False,
     "smear": False,
     "num_nextn_predict_layers": 0,

@@ -26,11 +26,12 @@ def kind(name: str, p: Tensor) -> str:
     """Which rule a parameter follows: matrix, embedding, table, head or vector."""
     if name in ("ngram.weight", "triples.weight"):
         return "table"
-    if name.startswith("embed_tokens") or (name.startswith("value_embeddings") and ".gate." not in name):
+    value = name.startswith("value_embeddings") and ".gate." not in name
+    if name.startswith("embed_tokens") or name == "induction.weight" or value:
         return "embedding"
     if name.startswith("lm_head"):
         return "head"
-    small = p.dim() < 2 or min(p.shape[-2:]) == 1 or "router" in name or name == "x0_mix"
+    small = p.dim() < 2 or min(p.shape[-2:]) == 1 or "router" in name or name in ("x0_mix", "induction.scale")
     return "vector" if small else "matrix"
 
 

@@ -44,6 +44,7 @@ class Shape:
     value_embeddings: bool = False
     ngram_table_size: int = 0
     triple_table_size: int = 0
+    induction: int = 0
     x0_residual: bool = False
     smear: bool = False
 
@@ -60,7 +61,7 @@ class Shape:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"shape.{name}={value}: must be 1 or more")
-        for name in ("experts", "mtp", "balance_alpha"):
+        for name in ("experts", "mtp", "balance_alpha", "ngram_table_size", "triple_table_size", "induction"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"shape.{name}={value}: must be 0 (off) or more")
