@@ -52,7 +52,7 @@ def rows_of(tree: dict[str, Any], budget: str) -> list[Row]:
         worth = sum(f["factors"]) / len(f["factors"])
         rows.append(
             Row(
-                f"{budget}, {f['kind']} {f['part']}: steps",
+                f"{budget}, {f['kind']} {f['part']}: FLOPs",
                 worth,
                 1.0,
                 "",

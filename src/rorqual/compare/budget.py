@@ -22,7 +22,7 @@ class Budget:
     steps: int = 1600
     vocab_size: int = 2048
     pool_mb: float = 40.0  # of text that the pool is built from
-    fractions: tuple[float, ...] = (1.5, 2, 2.5, 3, 4, 5, 6, 6.5, 8, 10)
+    fractions: tuple[float, ...] = (1.5, 2, 2.3, 2.6, 2.8, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
     # Where the search for the baseline's rates begins, in factors of two, and how often it goes on from an end at once
     lr: float = 0.004  # of matrices
     embedding_lr: float = 0.08
@@ -69,7 +69,7 @@ class Budget:
 
 PRESETS = {
     "quick": Budget(
-        "quick", steps=240, pool_mb=12.0, fractions=(2, 3, 4, 5, 6), lr=0.008, embedding_lr=0.32, head_lr=0.064,
+        "quick", steps=240, pool_mb=12.0, fractions=(1.5, 2, 3, 4, 5, 6, 8), lr=0.008, embedding_lr=0.32, head_lr=0.064,
         control_seeds=1, eval_rows=256,
     ),
     "standard": Budget(),

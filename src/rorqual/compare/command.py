@@ -123,19 +123,20 @@ def chosen(names: Sequence[str], recipe: Setting) -> Sequence[str]:
 
 
 def without(study: Study, recipe: Setting, part: str, whole: Match) -> Factor:
-    """The recipe less a part, at the steps where the recipe passes (or its most): how many of those steps the part
-    saves, seed by seed."""
+    """The recipe less a part, at the steps where the recipe passes (or its most): how many times the FLOPs it needs,
+    seed by seed."""
     from rorqual.compare.report import Factor
     from rorqual.compare.study import equivalent_steps
 
     at = whole.passing or whole.runs[0]
     point = study.point(recipe.without(part), at.steps, study.budget.control_seeds)
-    worth = [at.steps / equivalent_steps(loss, at.steps, whole.runs) for loss in point.losses]
+    dearer = point.flops / at.flops  # a step
+    worth = [dearer * at.steps / equivalent_steps(loss, at.steps, whole.runs) for loss in point.losses]
     return Factor(part, "without", worth, point)
 
 
 def only(study: Study, base: Setting, part: str, whole: Match) -> Factor:
-    """The baseline with one part, on its full schedule at half the steps: how many baseline steps it is worth."""
+    """The baseline with one part, on its full schedule at half the steps: how many times the FLOPs it is worth."""
     from rorqual.compare.report import Factor
     from rorqual.compare.study import equivalent_steps
 
@@ -143,7 +144,8 @@ def only(study: Study, base: Setting, part: str, whole: Match) -> Factor:
     steps = b.steps // 2
     half = study.point(base, steps, b.control_seeds)
     point = study.point(base.plus(f"baseline with {part}", (part,)), steps, b.control_seeds)
-    worth = [equivalent_steps(loss, steps, [half, whole.baseline]) / steps for loss in point.losses]
+    cheaper = half.flops / point.flops  # a step
+    worth = [cheaper * equivalent_steps(loss, steps, [half, whole.baseline]) / steps for loss in point.losses]
     return Factor(part, "only", worth, point)
 
 

@@ -22,7 +22,7 @@ from rorqual.train.report import STYLE
 
 @dataclass
 class Factor:
-    """What one part of the recipe is worth: steps that the arm needs over steps that the whole needs, seed by seed.
+    """What one part of the recipe is worth: FLOPs that the arm needs over FLOPs that the whole needs, seed by seed.
 
     `kind` is `without` (the recipe less the part) or `only` (the baseline with the part alone)."""
 
@@ -244,7 +244,7 @@ def _factors(factors: Sequence[Factor]) -> str:
         for f in factors
     ]  # fmt: skip
     note = (
-        "<p>Steps that the arm would need for the same loss, over steps of the whole (without), or steps of the baseline "
+        "<p>FLOPs that the arm would need for the same loss, over those of the whole (without), or FLOPs of the baseline "
         "over the arm's (only): read off the line through the measured points of recipe or baseline over log steps.</p>"
     )
     return f"<h2>What each part is worth</h2>{note}{_table(['arm', 'factor', 'over seeds', 'losses'], rows)}"
