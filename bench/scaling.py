@@ -26,6 +26,13 @@ def rows_of(tree: dict[str, Any]) -> list[Row]:
         note = f"{own:,} steps and {flops / ours_flops:.2f}x fewer FLOPs against {steps:,}; worst seed against best"
         what = f"scaling, rung {i + 1}: loss below the baseline's"
         rows.append(Row(what, min(theirs) - max(ours), None, "", unit="nats", note=note))
+    for i, m in enumerate(tree["matches"], 1):
+        at = m["passing_steps"]
+        note = f"{at:,} of" if at else "not passed in the steps tried,"
+        note += f" {m['baseline_steps']:,} steps, loss {m['target_loss']:.4f}"
+        factor = m["factors"].get("FLOPs", 0.0)
+        what = f"scaling, rung {i}: FLOPs, measured"
+        rows.append(Row(what, factor, 1.0, m["baseline"], factor, None, "x less", note))
     for flops, factor in tree["gains"]:
         what = f"scaling, by the fits at {flops:.1e} FLOPs of the baseline"
         rows.append(Row(what, factor, 1.0, tree["ladders"][0]["setting"], factor, None, "x less"))
@@ -63,7 +70,7 @@ def main() -> int:
     if done.returncode:
         return done.returncode
     tree = json.loads((options.out / "scaling.json").read_text(encoding="utf-8"))
-    found = {key: tree[key] for key in ("ladders", "gains")}
+    found = {key: tree[key] for key in ("ladders", "matches", "gains")}
     print(write_record("scaling", rows_of(tree), seconds=time.monotonic() - begin, **found))
     return 0
 

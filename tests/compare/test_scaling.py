@@ -9,7 +9,7 @@ import pytest
 from rorqual.compare.budget import Budget
 from rorqual.compare.command import scaling
 from rorqual.compare.scaling import Ladder, fit, gains, ladder, summary
-from rorqual.compare.study import Point
+from rorqual.compare.study import Match, Point
 from rorqual.errors import ConfigError
 
 
@@ -48,7 +48,20 @@ def test_intervals_cover_new_runs_about_as_often_as_they_say() -> None:
 def test_the_held_back_rung_judges_the_law() -> None:
     assert rungs("a", 1).verdict["held"]
     assert not rungs("a", 1, top=0.5).verdict["held"]
-    assert "OUTSIDE" in summary([rungs("a", 1, top=0.5)])[0]
+    assert "OUTSIDE" in summary([rungs("a", 1, top=0.5)], [])[0]
+
+
+def test_measured_factors_come_before_the_fits() -> None:
+    base, less, least = rungs("baseline", 1).points[2], *reversed(rungs("recipe", 4).points[:2])
+    cost = {"tokens": 1, "cpu_seconds": 1.0, "peak_bytes": 1}
+    for point in (base, less, least):
+        for result in point.results:
+            vars(result).update(cost)
+    both = [Match(base, (less, least), least), Match(base, (less,), None)]
+    lines = summary([rungs("a", 1)], both)
+    assert "4.00x fewer FLOPs" in lines[0]
+    assert "does not reach it" in lines[1]
+    assert lines[2].startswith("a: loss falls")
 
 
 def test_gains_are_read_off_the_other_law() -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
@@ -194,8 +194,8 @@ def baseline_flops_per_step(b: Budget) -> float:
 
 @dataclass(frozen=True)
 class ScalingOptions:
-    """Fit loss against compute for the baseline and the recipe over a ladder of small runs; the largest rung is held
-    back, predicted, and then run."""
+    """The recipe against the baseline at growing widths, the baseline's rates swept at each: where it passes, and loss
+    against compute of both by fits that must predict the largest rung, which is held back from them."""
 
     out: Path = Path("runs/scaling")
     data: Path | None = None
@@ -204,8 +204,7 @@ class ScalingOptions:
     width: int = 32  # of the smallest rung
     ratio: float = 1.41  # of one rung's width to the one below
     steps: int = 400  # of the smallest rung; more with the square of the width
-    fraction: float = 4.0  # the recipe runs 1/fraction of the baseline's steps
-    lr: float = 0.004  # of the baseline's matrices: the best of `rorqual compare --budget standard`
+    fraction: float = 4.0  # the recipe's runs for the fit have 1/fraction of the baseline's steps
     seeds: int = 2
     workers: int = 0
 
@@ -222,7 +221,7 @@ def scaling(argv: Sequence[str]) -> int:
     from rorqual.compare.pool import Pool, Stopped
     from rorqual.compare.pools import built_pool
     from rorqual.compare.scaling import Ladder, ladder, summary, write
-    from rorqual.compare.setting import BASE, RECIPE
+    from rorqual.compare.setting import RECIPE
     from rorqual.compare.study import Pools, Study
     from rorqual.train.stop import exit_code
 
@@ -233,19 +232,24 @@ def scaling(argv: Sequence[str]) -> int:
 
     bottom = Budget("ladder", width=options.width, steps=options.steps, seeds=options.seeds, control_seeds=1)
     built = options.data or built_pool(options.out / "data", bottom, options.sources, say)
-    ladders = []
+    matches, fitted = [], []
+    rates: dict[str, Any] = {"lr": bottom.lr, "embedding_lr": bottom.embedding_lr, "head_lr": bottom.head_lr}
     try:
         with Pool(options.workers or os.cpu_count() or 1, say) as pool:
-            for setting, share in ((BASE.at(optim__lr=options.lr), 1.0), (RECIPE, options.fraction)):
-                points = []
-                for rung in ladder(bottom, options.rungs, options.ratio):
-                    study = Study(rung, Pools(built, options.out / "runs"), pool)
-                    points.append(study.point(setting, rung.steps_at(share), options.seeds))
-                ladders.append(Ladder(setting.name, tuple(points)))
+            for rung in ladder(bottom, options.rungs, options.ratio):
+                # A rung's best rates are where the next one's search begins.
+                study = Study(dataclasses.replace(rung, **rates), Pools(built, options.out / "runs"), pool)
+                say(f"width {rung.width}: the baseline's rates")
+                base, _ = study.sweep()
+                rates = {key.partition(".")[2]: rate for key, rate in base.more}
+                say(f"width {rung.width}: the recipe against the baseline")
+                matches.append(study.match(RECIPE, base, options.seeds))
+                fitted.append(study.point(RECIPE, rung.steps_at(options.fraction), options.seeds))
     except Stopped as e:
         say(str(e))
         return exit_code(e.signal)
-    write(ladders, options.out)
-    print("\n".join(summary(ladders)))
+    ladders = [Ladder("baseline", tuple(m.baseline for m in matches)), Ladder(RECIPE.name, tuple(fitted))]
+    write(ladders, matches, options.out)
+    print("\n".join(summary(ladders, matches)))
     print(f"report: {options.out / 'scaling.html'}")
     return 0

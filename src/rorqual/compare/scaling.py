@@ -16,7 +16,8 @@ from typing import Any
 
 from rorqual.checkpoint.files import write_whole
 from rorqual.compare.budget import Budget
-from rorqual.compare.study import Point
+from rorqual.compare.report import match_tree
+from rorqual.compare.study import Match, Point
 from rorqual.device import machine
 from rorqual.train.plot import Curve, chart
 from rorqual.train.report import STYLE
@@ -91,9 +92,15 @@ class Ladder:
         }  # fmt: skip
 
 
-def summary(ladders: Sequence[Ladder]) -> list[str]:
-    """A line or two a setting."""
+def summary(ladders: Sequence[Ladder], matches: Sequence[Match]) -> list[str]:
+    """A line a rung, measured; then a line or two a fit."""
     lines = []
+    for i, m in enumerate(matches, 1):
+        base, factors = m.baseline, m.factors
+        found = f"{factors['FLOPs']:.2f}x fewer FLOPs" if m.passing else "does not reach it"
+        lines.append(
+            f"rung {i}: {base.setting} reaches {base.loss:.4f} in {base.steps:,} steps; recipe: {found}"
+        )
     for ladder in ladders:
         v = ladder.verdict
         loss, low, high = v["at_10x"]
@@ -128,12 +135,13 @@ def _rungs(x: Ladder) -> list[dict[str, Any]]:
     ]
 
 
-def write(ladders: Sequence[Ladder], out: Path) -> None:
+def write(ladders: Sequence[Ladder], matches: Sequence[Match], out: Path) -> None:
     """Write scaling.json and scaling.html."""
     out.mkdir(parents=True, exist_ok=True)
     tree = {
         "machine": machine(),
         "ladders": [{"setting": x.name, "verdict": x.verdict, "rungs": _rungs(x)} for x in ladders],
+        "matches": [match_tree(m) for m in matches],
         "gains": gains(*ladders) if len(ladders) == 2 else [],
     }  # fmt: skip
     write_whole(out / "scaling.json", json.dumps(tree, indent=1) + "\n")
@@ -141,7 +149,7 @@ def write(ladders: Sequence[Ladder], out: Path) -> None:
     for x in ladders:
         ends = [x.points[0].flops, x.points[-1].flops * 10]
         curves.append(Curve(f"law of {x.name}", [(log10(c), log10(x.law.predict(c)[0])) for c in ends]))
-    lines = "".join(f"<p>{line}</p>" for line in summary(ladders))
+    lines = "".join(f"<p>{line}</p>" for line in summary(ladders, matches))
     write_whole(
         out / "scaling.html",
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
