@@ -233,15 +233,19 @@ def scaling(argv: Sequence[str]) -> int:
     bottom = Budget("ladder", width=options.width, steps=options.steps, seeds=options.seeds, control_seeds=1)
     built = options.data or built_pool(options.out / "data", bottom, options.sources, say)
     matches, fitted = [], []
-    rates: dict[str, Any] = {"lr": bottom.lr, "embedding_lr": bottom.embedding_lr, "head_lr": bottom.head_lr}
+    rates: dict[str, Any] = {}
     try:
         with Pool(options.workers or os.cpu_count() or 1, say) as pool:
-            for rung in ladder(bottom, options.rungs, options.ratio):
-                # A rung's best rates are where the next one's search begins.
-                study = Study(dataclasses.replace(rung, **rates), Pools(built, options.out / "runs"), pool)
+            rungs = ladder(bottom, options.rungs, options.ratio)
+            for rung in rungs:
                 say(f"width {rung.width}: the baseline's rates")
-                base, _ = study.sweep()
+                # Rates have more than one valley: the search begins from the budget's and from the rung below's best.
+                begun = [rung] if rung is rungs[0] else [rung, dataclasses.replace(rung, **rates)]
+                studies = [Study(b, Pools(built, options.out / "runs"), pool) for b in begun]
+                swept = [study.sweep() for study in studies]
+                base, _ = min(swept, key=lambda found: min(t.result.loss for t in found[1]))
                 rates = {key.partition(".")[2]: rate for key, rate in base.more}
+                study = studies[0]
                 say(f"width {rung.width}: the recipe against the baseline")
                 matches.append(study.match(RECIPE, base, options.seeds))
                 fitted.append(study.point(RECIPE, rung.steps_at(options.fraction), options.seeds))
