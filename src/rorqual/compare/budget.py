@@ -25,8 +25,8 @@ class Budget:
     fractions: tuple[float, ...] = (1.5, 2, 2.3, 2.6, 2.8, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
     # Where the search for the baseline's rates begins, in factors of two, and how often it goes on from an end at once
     lr: float = 0.004  # of matrices
-    embedding_lr: float = 0.08
-    head_lr: float = 0.008
+    embedding_lr: float = 0.04
+    head_lr: float = 0.032
     more_rates: int = 2
     seeds: int = 3
     control_seeds: int = 3

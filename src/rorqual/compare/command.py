@@ -90,11 +90,15 @@ def investigate(study: Study, options: CompareOptions, say: Say) -> Findings:
     recipe = with_overrides(recipe, options.idea)
     say("the baseline's rate")
     base, found.sweep = study.sweep()
+    controls = study.controls(base) if options.controls else []
+    say("the baselines")  # the long runs side by side, so that no worker waits for one
+    full = [(base, b.seeds), *((control, b.control_seeds) for control in controls)]
+    study.pool.all(study.job(setting, b.steps, seed) for setting, seeds in full for seed in range(seeds))
     say("the recipe against the baseline")
     whole = study.match(recipe, base, b.seeds)
     found.matches["architecture and training"] = whole
     write(found, options.out)
-    for control in study.controls(base) if options.controls else ():
+    for control in controls:
         say(f"the recipe against the {control.name}")
         found.matches[f"against the {control.name}"] = study.match(recipe, control, b.control_seeds)
         write(found, options.out)
