@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rorqual.kernels.softmax import softmax_rows
+
 CHUNK = 1 << 20  # logits of a chunk: 4 MB in float32 stay in the cache between the passes over them
 CHUNKS = 4  # whose gradients are kept for one product with the hidden states
 
@@ -48,17 +50,16 @@ class _Chunked(torch.autograd.Function):
         dh = torch.empty_like(h) if need else h
         dhead = torch.zeros_like(head, dtype=torch.float32) if need else head
         rows = min(max(CHUNK // len(head), 64), 1024)
+        kept = h.new_empty(min(rows * CHUNKS, len(h)), len(head)) if need else None
         for start in range(0, len(h), rows * CHUNKS):
             block = slice(start, start + rows * CHUNKS)
-            slopes = []
-            for x, y, w in zip(*(t[block].split(rows) for t in (h, targets, weights)), strict=True):
-                loss, slope = _logits(x, head, y, w, softcap, need)
-                total += loss
-                slopes.append(slope)
-            if need:
-                slope = torch.cat(slopes)
-                torch.mm(slope, head, out=dh[block])
-                dhead += slope.T @ h[block]
+            slopes = None if kept is None else kept[: len(h[block])]
+            parts = [t[block].split(rows) for t in (h, targets, weights)]
+            for i, (x, y, w) in enumerate(zip(*parts, strict=True)):
+                total += _rows(x, head, y, w, softcap, None if slopes is None else slopes.split(rows)[i])
+            if slopes is not None:
+                torch.mm(slopes, head, out=dh[block])
+                dhead += slopes.T @ h[block]
         if need:
             ctx.save_for_backward(dh, dhead)
         return total
@@ -69,21 +70,18 @@ class _Chunked(torch.autograd.Function):
         return dh * upstream.to(dh.dtype), (dhead * upstream).to(dh.dtype), None, None, None
 
 
-def _logits(
-    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, softcap: float | None, need: bool
-) -> tuple[Tensor, Tensor]:
-    """The loss of a chunk and, where needed, its gradient by the logits in x's dtype."""
-    logits = (x @ head.T).float()
+def _rows(
+    x: Tensor, head: Tensor, targets: Tensor, weights: Tensor, softcap: float | None, slopes: Tensor | None
+) -> Tensor:
+    """The loss of a chunk; `slopes`, where given, becomes its gradient by the logits in x's dtype."""
+    logits = x @ head.T
     if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
-    logp = logits.log_softmax(-1)
-    picked = logp.gather(1, targets[:, None])
-    loss = -(picked[:, 0] * weights).sum()
-    if not need:
-        return loss, loss
-    slope = logp.exp_()
-    slope.scatter_add_(1, targets[:, None], torch.full_like(picked, -1.0))
-    slope *= weights[:, None]
-    if softcap is not None:
-        slope *= 1 - logits.div_(softcap).square_()
-    return loss, slope.to(x.dtype)
+        logits = logits.float().div_(softcap).tanh_().mul_(softcap)
+    sums = softmax_rows(logits, weights, slopes)
+    logp = logits.gather(1, targets[:, None])[:, 0].float() - sums
+    if slopes is not None:
+        own = torch.expm1(logp) * weights  # in float32: near 1 a probability less 1 has few bits left
+        slopes.scatter_(1, targets[:, None], own[:, None].to(slopes.dtype))
+        if softcap is not None:
+            slopes *= 1 - logits.div_(softcap).square_()
+    return -(logp * weights).sum()

@@ -41,6 +41,7 @@ _SIGNATURES = {
     "survey": [_P, _I, _I, _P, _P],
     "gated": [_P, _P, _I, _I, _I, _I, _P, _I],
     "gated_back": [_P, _P, _I, _I, _P, _P, _I, _I, _P, _P, _I, _P, _P, _I],
+    "softmax": [_P, _I, _P, _I, _I, _P, _P, _I],
     "causal": [_P, _P, _P, _I],
     "causal_back": [_P, _P, _P, _P, _P, _P, _P, _I],
     "layers": [_P, _I, _P, _I, _P, _I],
@@ -73,6 +74,7 @@ class Native:
     survey: ctypes._NamedFuncPointer
     gated: ctypes._NamedFuncPointer
     gated_back: ctypes._NamedFuncPointer
+    softmax: ctypes._NamedFuncPointer
     causal: ctypes._NamedFuncPointer
     causal_back: ctypes._NamedFuncPointer
     layers: ctypes._NamedFuncPointer

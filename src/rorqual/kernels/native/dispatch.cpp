@@ -98,6 +98,11 @@ EXPORT void rorqual_gated_back(const void* gate, const void* up, int64_t type, i
                        (float*)dots, (int)threads);
 }
 
+EXPORT void rorqual_softmax(const void* x, int64_t type, const void* by, int64_t n, int64_t width, void* out, void* sums,
+                            int64_t threads) {
+    active->softmax(x, type, (const float*)by, n, width, out, (float*)sums, (int)threads);
+}
+
 EXPORT void rorqual_causal(const void* call, void* out, void* sums, int64_t threads) {
     active->causal(*(const CausalCall*)call, (float*)out, (float*)sums, (int)threads);
 }

@@ -112,6 +112,8 @@ struct Kernels {
     void (*gated_back)(const void* gate, const void* up, int64_t type, int64_t stride, const void* grad,
                        const float* by, int64_t n, int64_t width, void* dgate, void* dup, int64_t dstride,
                        void* scaled, float* dots, int threads);
+    void (*softmax)(const void* x, int64_t type, const float* by, int64_t n, int64_t width, void* out, float* sums,
+                    int threads);
     void (*causal)(const CausalCall&, float* out, float* sums, int threads);
     void (*causal_back)(const CausalCall&, const Heads& grad, const float* out, const float* sums, float* dq, float* dk,
                         float* dv, int threads);
