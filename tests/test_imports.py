@@ -19,7 +19,7 @@ ALLOWED = {
     "checkpoint": {"model", "text"},
     "engine": {"checkpoint", "model", "kernels", "text"},
     "parallel": {"model"},
-    "train": {"parallel", "data", "checkpoint", "model", "text"},
+    "train": {"parallel", "data", "checkpoint", "model", "kernels", "text"},
     "rl": {"engine", "train", "verify", "checkpoint", "model", "text", "data"},
     "eval": {"engine", "model", "data", "verify", "checkpoint", "text"},
     "compare": {"train", "data", "checkpoint", "model", "text"},
