@@ -243,13 +243,12 @@ def scaling(argv: Sequence[str]) -> int:
             rungs = ladder(bottom, options.rungs, options.ratio)
             for rung in rungs:
                 say(f"width {rung.width}: the baseline's rates")
-                # Rates have more than one valley: the search begins from the budget's and from the rung below's best.
-                begun = [rung] if rung is rungs[0] else [rung, dataclasses.replace(rung, **rates)]
+                # Rates have more than one valley: the search begins at the better of the budget's and the rung below's.
+                begun = [rung, dataclasses.replace(rung, **rates)] if rates else [rung]
                 studies = [Study(b, Pools(built, options.out / "runs"), pool) for b in begun]
-                swept = [study.sweep() for study in studies]
-                base, _ = min(swept, key=lambda found: min(t.result.loss for t in found[1]))
+                study = min(studies, key=lambda s: s.beginning().loss)
+                base, _ = study.sweep()
                 rates = {key.partition(".")[2]: rate for key, rate in base.more}
-                study = studies[0]
                 say(f"width {rung.width}: the recipe against the baseline")
                 matches.append(study.match(RECIPE, base, options.seeds))
                 fitted.append(study.point(RECIPE, rung.steps_at(options.fraction), options.seeds))
