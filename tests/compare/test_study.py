@@ -80,6 +80,12 @@ def test_the_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
     assert len(runs) == 7  # the middle, and two beside it of each
 
 
+def test_beginnings_are_told_apart_before_a_search() -> None:
+    """0.1 a factor of two from the best: a rate of 0.08 begins 0.2 above it."""
+    near, far = (study(Law(1), dataclasses.replace(SMALL, lr=lr)).beginning().loss for lr in (0.02, 0.08))
+    assert far - near == pytest.approx(0.2)
+
+
 def test_rates_that_hang_together_are_found() -> None:
     """The best rate of matrices is that of embeddings: one round would end beside it."""
 
