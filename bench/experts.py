@@ -1,10 +1,10 @@
-"""From what budget fine-grained experts pay: the recipe at full depth, dense and with experts, at more and more steps.
+"""From what budget fine-grained experts pay: in the recipe at full depth and in its core, which looks nothing up.
 
-python bench/experts.py --width 32 --steps 500 1000 2000 4000 8000     # runs that are there are not computed again
+python bench/experts.py --width 32 --steps 250 500 1000 2000 4000     # runs that are there are not computed again
 
-Both have the same active parameters but for the router, and run their whole schedule at every point. The factor is how
-many times the FLOPs (the optimizer's included) the dense model needs for the loss of the one with experts, on the line
-through its own points over log FLOPs.
+Dense and with experts they have the same active parameters but for the router, and run their whole schedule at every
+point. The factor is how many times the FLOPs (the optimizer's included) the dense model needs for the loss of the one
+with experts, on the line through its own points over log FLOPs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from rorqual.train.plot import Curve, chart
 from rorqual.train.report import STYLE
 
 DENSE = Setting("dense", tuple(p for p in RECIPE.parts if p != "shallow"))
-EXPERTS = DENSE.plus("with experts", ("experts",))
+CORE = Setting("core", ("muon", "wsd", "zero-output"))
+PAIRS = {
+    "core": (CORE, CORE.plus("core with experts", ("experts",))),
+    "recipe": (DENSE, DENSE.plus("with experts", ("experts",))),
+}
 
 
 def flops_at(loss: float, points: list[Point]) -> float:
@@ -38,17 +42,18 @@ def flops_at(loss: float, points: list[Point]) -> float:
     return exp(x + (y - x) * (loss - a.loss) / (b.loss - a.loss))
 
 
-def rows_of(dense: list[Point], experts: list[Point]) -> list[Row]:
+def rows_of(name: str, dense: list[Point], experts: list[Point]) -> list[Row]:
     """A row a number of steps."""
     rows = []
     for d, e in zip(dense, experts, strict=True):
         first = d.results[0]
         factor = flops_at(e.loss, dense) / e.flops
         note = f"loss {e.loss:.4f} in {e.flops:.2e} FLOPs, dense {d.loss:.4f} in {d.flops:.2e}"
+        note += f"; {e.seconds / d.seconds:.2f}x its processor seconds"
         rows.append(
             Row(
-                f"experts at {first.tokens / first.active:.0f} tokens an active weight: FLOPs",
-                factor, 1.0, "dense", factor, None, "x less", note,
+                f"experts in the {name} at {first.tokens / first.active:.0f} tokens an active weight: FLOPs",
+                factor, 1.0, d.setting, factor, None, "x less", note,
             )
         )  # fmt: skip
     return rows
@@ -62,7 +67,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/experts"))
     parser.add_argument("--data", type=Path, help="a folder of `rorqual data build`; built otherwise")
     parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--steps", type=int, nargs="+", default=[500, 1000, 2000, 4000, 8000])
+    parser.add_argument("--steps", type=int, nargs="+", default=[250, 500, 1000, 2000])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     o = parser.parse_args()
@@ -71,19 +76,22 @@ def main() -> int:
     data = o.data or built_pool(o.out / "data", budget, ("python",), print)
     with Pool(o.workers, print) as pool:
         study = Study(budget, Pools(data, o.out / "runs"), pool)
-        pool.all(study.job(s, n, seed) for n in o.steps for seed in range(o.seeds) for s in (DENSE, EXPERTS))
-        dense, experts = ([study.point(s, n, o.seeds) for n in o.steps] for s in (DENSE, EXPERTS))
-    curves = [Curve(p[0].setting, [(log10(x.flops), x.loss) for x in p], dots=True) for p in (dense, experts)]
+        settings = [s for pair in PAIRS.values() for s in pair]
+        pool.all(study.job(s, n, seed) for n in o.steps for seed in range(o.seeds) for s in settings)
+        points = [[study.point(s, n, o.seeds) for n in o.steps] for s in settings]
+    curves = [Curve(p[0].setting, [(log10(x.flops), x.loss) for x in p], dots=True) for p in points]
     page = chart("Held-out loss at the end of each run; log10 of its FLOPs", curves)
     (RECORDS / "experts.html").write_text(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>Experts</title><style>{STYLE}</style><h1>Dense, and with experts</h1><div class=charts>{page}</div>\n",
         encoding="utf-8",
     )
-    runs = [dataclasses.asdict(r) for p in (*dense, *experts) for r in p.results]
+    runs = [dataclasses.asdict(r) for some in points for p in some for r in p.results]
     for run in runs:
         del run["curve"]
-    print(write_record("experts", rows_of(dense, experts), seconds=time.monotonic() - begin, runs=runs))
+    pairs = zip(PAIRS, points[::2], points[1::2], strict=True)
+    rows = [row for name, dense, experts in pairs for row in rows_of(name, dense, experts)]
+    print(write_record("experts", rows, seconds=time.monotonic() - begin, runs=runs))
     return 0
 
 
