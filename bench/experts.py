@@ -1,6 +1,6 @@
 """From what budget fine-grained experts pay: in the recipe at full depth and in its core, which looks nothing up.
 
-python bench/experts.py --width 32 --steps 250 500 1000 2000 4000     # runs that are there are not computed again
+python bench/experts.py            # --steps 4000 and more go on; runs that are there are not computed again
 
 Dense and with experts they have the same active parameters but for the router, and run their whole schedule at every
 point. The factor is how many times the FLOPs (the optimizer's included) the dense model needs for the loss of the one

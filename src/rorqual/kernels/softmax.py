@@ -1,4 +1,4 @@
-"""Softmax over a vocabulary for a loss: sums and weighted probabilities in two passes where torch takes six."""
+"""Softmax over a vocabulary for a loss: sums and weighted probabilities, row by row in the cache."""
 
 from __future__ import annotations
 

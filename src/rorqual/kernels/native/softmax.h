@@ -1,8 +1,10 @@
-// Softmax over a vocabulary in two passes over a row that lies in the cache: as torch operations it is six.
+// Softmax over a vocabulary, row by row: its peak, its sum and its values are three passes over a row that lies in the
+// cache, where torch's operations pass six times over all rows.
 #pragma once
 
 #include <algorithm>
 
+#include "attention.h"
 #include "elementwise.h"
 
 namespace {
