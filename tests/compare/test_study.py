@@ -1,6 +1,7 @@
 """The measure: where the recipe passes, on results whose answer is known by arithmetic."""
 
 import dataclasses
+import json
 from collections.abc import Iterable
 from math import log2
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from rorqual.compare.budget import PRESETS, Budget, budget
+from rorqual.compare.command import CompareOptions, sized
 from rorqual.compare.job import Job, Result
 from rorqual.compare.report import Findings, page, summary
 from rorqual.compare.setting import BASE, RECIPE, Setting
@@ -18,6 +20,7 @@ from rorqual.errors import ConfigError
 
 SMALL = Budget(
     "test", steps=640, seeds=3, control_seeds=2, fractions=(2, 4, 8), lr=0.02, embedding_lr=0.2, head_lr=0.2,
+    search_depth=False,
 )  # fmt: skip
 
 
@@ -71,13 +74,54 @@ def test_one_seed_that_misses_the_loss_fails_the_point() -> None:
 
 
 def test_the_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
-    base, runs = study(Law(1, best=0.64)).sweep()
-    tried = {t.rates["optim.lr"] for t in runs}
-    assert tried == {0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28}
-    assert dict(base.more)["optim.lr"] == 0.64
-    base, runs = study(Law(1)).sweep()
-    assert dict(base.more) == {"optim.lr": 0.02, "optim.embedding_lr": 0.2, "optim.head_lr": 0.2}
+    tuned, runs = study(Law(1, best=0.64)).sweep()
+    assert {t.budget.lr for t in runs} == {0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28}
+    assert dict(tuned.baseline.more)["optim.lr"] == tuned.budget.lr == 0.64
+    tuned, runs = study(Law(1)).sweep()
+    assert dict(tuned.baseline.more) == {"optim.lr": 0.02, "optim.embedding_lr": 0.2, "optim.head_lr": 0.2}
     assert len(runs) == 7  # the middle, and two beside it of each
+
+
+@pytest.mark.parametrize("best", [1, 2, 3, 5])
+def test_the_sweep_finds_the_depth_at_equal_flops(best: int) -> None:
+    """Every arm's steps make the same FLOPs, and a search that comes back to a depth counts the same steps."""
+
+    class Deep(Law):
+        def all(self, jobs: Iterable[Job]) -> list[Result]:
+            found = []
+            for job in jobs:
+                self.asked.append(job)
+                lr = dict(job.setting.more)["optim.lr"]
+                # The best rate goes with the depth, so a second round is needed.
+                off = abs(job.budget.depth - best) + 0.1 * abs(log2(lr / (0.02 * 2**best)))
+                found.append(result(job, 4 + off))
+            return found
+
+    law = Deep(1)
+    budget = dataclasses.replace(SMALL, search_depth=True)
+    tuned, runs = study(law, budget).sweep()
+    assert (tuned.budget.depth, tuned.budget.lr) == (best, 0.02 * 2**best)
+    assert len({t.budget.steps for t in runs}) == len({t.budget.depth for t in runs}) > 1
+    assert {t.budget.depth for t in runs} >= {max(best - 1, 1), best, best + 1}
+    for t in runs:
+        assert t.budget.steps * t.budget.flops_per_step == pytest.approx(
+            640 * budget.flops_per_step, rel=2e-3
+        )
+    assert all(j.budget.steps == j.steps for j in law.asked)
+
+
+def test_a_depth_that_was_asked_for_stays(tmp_path: Path) -> None:
+    budget = sized(CompareOptions(depth=2))
+    assert not budget.search_depth
+    law = Law(1)
+    study(law, dataclasses.replace(budget, lr=0.02)).sweep()
+    assert {j.budget.depth for j in law.asked} == {2}
+
+
+def test_a_deeper_baseline_drops_the_fractions_that_its_steps_cannot_bear() -> None:
+    budget = dataclasses.replace(SMALL, steps=80)
+    assert budget.at_depth(6).fractions == (2, 4)
+    assert budget.at_depth(3) == budget
 
 
 def test_beginnings_are_told_apart_before_a_search() -> None:
@@ -98,8 +142,8 @@ def test_rates_that_hang_together_are_found() -> None:
                 found.append(result(job, 4 + off))
             return found
 
-    base, _ = study(Together(1), dataclasses.replace(SMALL, lr=0.2)).sweep()
-    assert dict(base.more)["optim.embedding_lr"] == dict(base.more)["optim.lr"] == pytest.approx(0.8)
+    tuned, _ = study(Together(1), dataclasses.replace(SMALL, lr=0.2)).sweep()
+    assert tuned.budget.embedding_lr == tuned.budget.lr == pytest.approx(0.8)
 
 
 def test_long_runs_are_spared() -> None:
@@ -135,9 +179,10 @@ def test_the_page_and_the_summary_tell_the_factors() -> None:
 
 def test_budgets() -> None:
     assert budget("quick") is PRESETS["quick"]
-    assert budget("1e12", 1e9).steps == 1000
+    assert budget("1e12").steps == round(1e12 / Budget().flops_per_step)
+    assert budget("1e12", dataclasses.replace(Budget(), width=32)).width == 32
     with pytest.raises(ConfigError, match="--budget fast"):
-        budget("fast", 1e9)
+        budget("fast")
     with pytest.raises(ConfigError, match="too few"):
         dataclasses.replace(SMALL, steps=70)
     with pytest.raises(ConfigError, match="the smallest first"):
@@ -147,7 +192,7 @@ def test_budgets() -> None:
 def test_a_job_is_known_by_all_that_its_result_depends_on(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "meta.json").write_text(name)
+        (tmp_path / name / "meta.json").write_text(json.dumps({"splits": name}))
     job = Job(BASE, SMALL, 10, 0, tmp_path / "a", tmp_path / "a", tmp_path)
     others = [
         dataclasses.replace(job, setting=BASE.at(optim__lr=0.5)),
@@ -161,3 +206,16 @@ def test_a_job_is_known_by_all_that_its_result_depends_on(tmp_path: Path) -> Non
     outs = {j.config.out for j in [job, *others]}
     assert len(outs) == 1 + len(others)
     assert dataclasses.replace(job, setting=Setting("baseline")).config.out == job.config.out
+
+
+def test_a_comparison_that_is_moved_finds_its_runs(tmp_path: Path) -> None:
+    names = []
+    for place in ("here", "there"):
+        data = tmp_path / place / "data"
+        data.mkdir(parents=True)
+        meta = {"splits": {"train": ["checksum"]}, "config": {"out": str(data)}}
+        (data / "meta.json").write_text(json.dumps(meta))
+        config = Job(BASE, SMALL, 10, 0, data, data, tmp_path / place / "runs").config
+        assert config.data == (data,)
+        names.append(config.out.relative_to(tmp_path / place))
+    assert names[0] == names[1]

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 from rorqual.errors import ConfigError
 
+LEAST_STEPS = 10  # of a recipe's run
+
 
 @dataclass(frozen=True)
 class Budget:
     """Sizes of every run of a comparison. `steps` are the baseline's; the recipe runs its full schedule at
-    steps / f for f in `fractions`."""
+    steps / f for f in `fractions`. `depth` is where the search for the baseline's begins, at equal FLOPs."""
 
     name: str = "standard"
     width: int = 64
     depth: int = 3
+    search_depth: bool = True
     heads: int = 2
     seq_len: int = 128
     batch_size: int = 16
@@ -23,7 +26,7 @@ class Budget:
     vocab_size: int = 2048
     pool_mb: float = 40.0  # of text that the pool is built from
     fractions: tuple[float, ...] = (1.5, 2, 2.3, 2.6, 2.8, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
-    # Where the search for the baseline's rates begins, in factors of two, and how often it goes on from an end at once
+    # Where the search for the baseline's rates begins, in factors of two, and how often it goes on from an end at once.
     lr: float = 0.004  # of matrices
     embedding_lr: float = 0.04
     head_lr: float = 0.032
@@ -52,15 +55,40 @@ class Budget:
             raise ConfigError(
                 f"budget.control_seeds={self.control_seeds}: must be at most seeds={self.seeds}"
             )
-        if max(self.fractions) * 10 > self.steps:
+        if max(self.fractions) * LEAST_STEPS > self.steps:
             raise ConfigError(
                 f"budget.steps={self.steps}: too few for a run of 1/{max(self.fractions):g} of them; at least "
-                f"{max(self.fractions) * 10:.0f}"
+                f"{max(self.fractions) * LEAST_STEPS:.0f}"
             )
 
     @property
     def tokens_per_step(self) -> int:
         return self.batch_size * self.seq_len
+
+    @property
+    def flops_per_step(self) -> float:
+        """Model FLOPs of one step of the baseline."""
+        from rorqual.model.cost import cost
+        from rorqual.train.shape import Shape
+
+        shape = Shape("llama", self.depth, self.width, self.heads, zero_output=False)
+        return (
+            cost(shape.model(self.vocab_size, self.seq_len)).train_flops(self.seq_len) * self.tokens_per_step
+        )
+
+    def at_depth(self, depth: int) -> Budget:
+        """This budget's FLOPs in a baseline of another depth: more layers, fewer steps, and no fraction too fine for
+        them."""
+        more = dataclasses.replace(self, depth=depth).flops_per_step / self.flops_per_step
+        steps = round(self.steps / more)
+        fractions = tuple(f for f in self.fractions if f * LEAST_STEPS <= steps)
+        return dataclasses.replace(self, depth=depth, steps=steps, fractions=fractions)
+
+    def like(self, other: Budget) -> Budget:
+        """This budget's FLOPs at another's depth and rates."""
+        return dataclasses.replace(
+            self.at_depth(other.depth), lr=other.lr, embedding_lr=other.embedding_lr, head_lr=other.head_lr
+        )
 
     def steps_at(self, fraction: float) -> int:
         """The recipe's steps at 1/fraction of the baseline's."""
@@ -76,8 +104,8 @@ PRESETS = {
 }  # fmt: skip
 
 
-def budget(text: str, flops_per_step: float | None = None) -> Budget:
-    """A preset's name, or the FLOPs of one baseline run ('3e13') with the standard sizes. Raises ConfigError."""
+def budget(text: str, sizes: Budget | None = None) -> Budget:
+    """A preset's name, or the FLOPs of one baseline run ('3e13') of the sizes given. Raises ConfigError."""
     if text in PRESETS:
         return PRESETS[text]
     try:
@@ -86,7 +114,7 @@ def budget(text: str, flops_per_step: float | None = None) -> Budget:
         raise ConfigError(
             f"--budget {text}: must be {', '.join(PRESETS)} or the FLOPs of one baseline run, such as 3e13"
         ) from None
-    assert flops_per_step is not None
+    sizes = sizes or Budget()
     return dataclasses.replace(
-        Budget(), name=f"{flops:.1e} FLOPs", steps=max(1, round(flops / flops_per_step))
+        sizes, name=f"{flops:.1e} FLOPs", steps=max(1, round(flops / sizes.flops_per_step))
     )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import tyro
 
@@ -41,8 +41,8 @@ class CompareOptions:
     data_half: bool = False  # also: the same sources as they were found, against the pool as built
     cache: bool = False  # also: loss beside cache bytes for multi-head, grouped-query and latent attention
     width: int | None = None
-    depth: int | None = None
-    steps: int | None = None  # the baseline's
+    depth: int | None = None  # of the baseline; the best at equal FLOPs otherwise
+    steps: int | None = None  # the baseline's, at the depth where its search begins
     seeds: int | None = None
     workers: int = 0  # runs at a time; 0: one a core
 
@@ -72,7 +72,7 @@ def compare(argv: Sequence[str]) -> int:
         return exit_code(e.signal)
     found.seconds = pool.seconds
     write(found, options.out)
-    log(found, options.out)
+    log(found, budget.steps, options.out)
     print("\n".join(summary(found)))
     print(f"report: {options.out / 'report.html'}")
     return 0
@@ -84,13 +84,13 @@ def investigate(study: Study, options: CompareOptions, say: Say) -> Findings:
     from rorqual.compare.report import Findings, write
     from rorqual.compare.setting import RECIPE, Setting, with_overrides
 
-    b = study.budget
-    found = Findings(b)
     recipe = RECIPE if options.parts is None else Setting("recipe", options.parts)
     recipe = with_overrides(recipe, options.idea)
-    say("the baseline's rate")
-    base, found.sweep = study.sweep()
-    controls = study.controls(base) if options.controls else []
+    say("the baseline's rates and depth")
+    study, sweep = study.sweep()
+    b, base = study.budget, study.baseline
+    found = Findings(b, sweep)
+    controls = study.controls() if options.controls else []
     say("the baselines")  # the long runs side by side, so that no worker waits for one
     full = [(base, b.seeds), *((control, b.control_seeds) for control in controls)]
     study.pool.all(study.job(setting, b.steps, seed) for setting, seeds in full for seed in range(seeds))
@@ -182,24 +182,17 @@ def sized(options: CompareOptions) -> Budget:
     }
     if "seeds" in changed:
         changed["control_seeds"] = min(options.seeds or 1, 3)
+    if "depth" in changed:
+        changed["search_depth"] = False
     base = dataclasses.replace(Budget(), **{k: v for k, v in changed.items() if k in ("width", "depth")})
-    chosen = budget(options.budget, baseline_flops_per_step(base))
+    chosen = budget(options.budget, base)
     return dataclasses.replace(chosen, **changed)
-
-
-def baseline_flops_per_step(b: Budget) -> float:
-    """Model FLOPs of one baseline step."""
-    from rorqual.model.cost import cost
-    from rorqual.train.shape import Shape
-
-    shape = Shape("llama", b.depth, b.width, b.heads, zero_output=False)
-    return cost(shape.model(b.vocab_size, b.seq_len)).train_flops(b.seq_len) * b.tokens_per_step
 
 
 @dataclass(frozen=True)
 class ScalingOptions:
-    """The recipe against the baseline at growing widths, the baseline's rates swept at each: where it passes, and loss
-    against compute of both by fits that must predict the largest rung, which is held back from them."""
+    """The recipe against the baseline at growing widths, the baseline's rates and depth swept at each: where it passes,
+    and loss against compute of both by fits that must predict the largest rung, which is held back from them."""
 
     out: Path = Path("runs/scaling")
     data: Path | None = None
@@ -237,21 +230,20 @@ def scaling(argv: Sequence[str]) -> int:
     bottom = Budget("ladder", width=options.width, steps=options.steps, seeds=options.seeds, control_seeds=1)
     built = options.data or built_pool(options.out / "data", bottom, options.sources, say)
     matches, fitted = [], []
-    rates: dict[str, Any] = {}
+    found: Budget | None = None  # the rung below at its best rates and depth
     try:
         with Pool(options.workers or os.cpu_count() or 1, say) as pool:
             rungs = ladder(bottom, options.rungs, options.ratio)
             for rung in rungs:
-                say(f"width {rung.width}: the baseline's rates")
+                say(f"width {rung.width}: the baseline's rates and depth")
                 # Rates have more than one valley: the search begins at the better of the budget's and the rung below's.
-                begun = [rung, dataclasses.replace(rung, **rates)] if rates else [rung]
+                begun = [rung, rung.like(found)] if found else [rung]
                 studies = [Study(b, Pools(built, options.out / "runs"), pool) for b in begun]
-                study = min(studies, key=lambda s: s.beginning().loss)
-                base, _ = study.sweep()
-                rates = {key.partition(".")[2]: rate for key, rate in base.more}
+                study, _ = min(studies, key=lambda s: s.beginning().loss).sweep()
+                found = study.budget
                 say(f"width {rung.width}: the recipe against the baseline")
-                matches.append(study.match(RECIPE, base, options.seeds))
-                fitted.append(study.point(RECIPE, rung.steps_at(options.fraction), options.seeds))
+                matches.append(study.match(RECIPE, study.baseline, options.seeds))
+                fitted.append(study.point(RECIPE, found.steps_at(options.fraction), options.seeds))
     except Stopped as e:
         say(str(e))
         return exit_code(e.signal)

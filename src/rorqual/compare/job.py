@@ -19,7 +19,7 @@ from rorqual.errors import RunError
 from rorqual.train.config import TrainConfig
 
 RESULT = "result.json"
-CURVE_POINTS = 5  # held-out losses along a run: each costs a pass over all of its rows
+CURVE_POINTS = 5  # held-out losses along a run, for the chart: each costs a pass over all of its rows
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class Job:
 
     @property
     def config(self) -> TrainConfig:
-        """The run's config; the folder carries a hash of all that its result depends on."""
+        """The run's config; the folder carries a hash of all that its result depends on: the text, not where it lies."""
         b = self.budget
         tree: dict[str, Any] = {}
+        every = self.steps // CURVE_POINTS if self.seed == 0 else self.steps
         fixed = {
-            "data": [str(self.data)], "steps": self.steps, "seed": self.seed, "batch_size": b.batch_size,
+            "steps": self.steps, "seed": self.seed, "batch_size": b.batch_size,
             "seq_len": b.seq_len, "shape.width": b.width, "shape.depth": b.depth, "shape.heads": b.heads,
-            "dtype": "float32", "device": "cpu", "eval_every": max(1, self.steps // CURVE_POINTS),
+            "dtype": "float32", "device": "cpu", "eval_every": max(1, every),
             "eval_rows": b.eval_rows, "sample_every": 0, "save_every": 500, "keep": 1,
         }  # fmt: skip
         for dotted, value in (fixed | self.setting.overrides()).items():
@@ -50,6 +51,7 @@ class Job:
         marks = [fingerprint(self.data), fingerprint(self.target)]
         key = hashlib.sha256(json.dumps([tree, marks], sort_keys=True).encode()).hexdigest()[:10]
         name = "-".join(self.setting.name.split())
+        put(tree, "data", [str(self.data)])
         put(tree, "out", str(self.runs / f"{name}-{self.steps}-{self.seed}-{key}"))
         return from_dict(TrainConfig, tree)
 
@@ -148,8 +150,9 @@ def peak_bytes() -> int:
 
 
 def fingerprint(folder: Path) -> str:
-    """What a built set is known by: the hash of its meta.json, where its shards' checksums are. Raises RunError."""
+    """What a built set is known by: the checksums of its shards, wherever it lies. Raises RunError."""
     path = folder / "meta.json"
     if not path.is_file():
         raise RunError(f"{folder}: not a folder of `rorqual data build` (no meta.json)")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    splits = json.loads(path.read_text(encoding="utf-8"))["splits"]
+    return hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]

@@ -59,13 +59,22 @@ class Findings:
             "budget": to_dict(self.budget),
             "machine": machine(),
             "seconds": self.seconds,
-            "sweep": [{**t.rates, "loss": t.result.loss} for t in self.sweep],
+            "sweep": [_arm(t) for t in self.sweep],
             "matches": {name: match_tree(m) for name, m in self.matches.items()},
             "factors": [
                 {"part": f.part, "kind": f.kind, "factors": f.factors, "losses": f.point.losses} for f in self.factors
             ],
             "runs": [asdict(r) for p in self.points() for r in p.results],
         }  # fmt: skip
+
+
+def _arm(t: Tried) -> dict[str, float]:
+    """One arm of the search for the baseline."""
+    b = t.budget
+    return {
+        "lr": b.lr, "embedding_lr": b.embedding_lr, "head_lr": b.head_lr, "depth": b.depth, "steps": b.steps,
+        "loss": t.result.loss,
+    }  # fmt: skip
 
 
 def match_tree(m: Match) -> dict[str, Any]:
@@ -119,14 +128,14 @@ def write(found: Findings, out: Path) -> None:
     write_whole(out / "report.html", page(found))
 
 
-def log(found: Findings, out: Path) -> None:
-    """A line of metrics.jsonl for each number of baseline steps, by which a lab ranks comparisons: how many times fewer
-    FLOPs the recipe needs (0: it does not pass) and the best of its losses that every seed reaches."""
+def log(found: Findings, steps: int, out: Path) -> None:
+    """A line of metrics.jsonl for each number of steps that was asked for, by which a lab ranks comparisons: how many
+    times fewer FLOPs the recipe needs (0: it does not pass) and the best of its losses that every seed reaches."""
     for match in list(found.matches.values())[:1]:
         factor = match.factors.get("FLOPs", 0.0)
         best = min(max(p.losses) for p in match.runs)
-        with Log(out, found.budget.steps - 1) as lines:
-            lines.write({"step": found.budget.steps, "flops_factor": factor, "best_loss": best})
+        with Log(out, steps - 1) as lines:
+            lines.write({"step": steps, "flops_factor": factor, "best_loss": best})
 
 
 def page(found: Findings) -> str:
@@ -137,8 +146,9 @@ def page(found: Findings) -> str:
     return "\n".join([
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>Comparison</title><style>{STYLE} td.n {{ text-align: right; }}</style>",
-        f"<h1>How much less the recipe needs</h1><p class=lead>Budget {escape(b.name)}: width {b.width}, {b.depth} "
-        f"layers, {b.steps:,} baseline steps of {b.tokens_per_step:,} tokens, {b.seeds} seeds; {escape(where)}</p>",
+        f"<h1>How much less the recipe needs</h1><p class=lead>Budget {escape(b.name)}: width {b.width}, {b.steps:,} "
+        f"steps of {b.tokens_per_step:,} tokens for the baseline, which has {b.depth} layers; {b.seeds} seeds; "
+        f"{escape(where)}</p>",
         _tiles(found),
         "<h2>Held-out loss against training FLOPs</h2><div class=charts>",
         chart("Loss at the end of each run; log10 of its FLOPs", _ends(found)),
@@ -151,10 +161,10 @@ def page(found: Findings) -> str:
         "mean final loss of the baseline's seeds.</p>",
         *(_match(name, match) for name, match in found.matches.items()),
         _factors(found.factors),
-        "<h2>The baseline's sweep</h2>",
+        "<h2>The search for the baseline</h2>",
         _table(
-            ["rates of matrices", "of embeddings", "of the head", "held-out loss"],
-            [[*(f"{rate:g}" for rate in t.rates.values()), f"{t.result.loss:.4f}"] for t in found.sweep],
+            ["rates of matrices", "of embeddings", "of the head", "layers", "steps", "held-out loss"],
+            [[f"{x:g}" for x in list(_arm(t).values())[:-1]] + [f"{t.result.loss:.4f}"] for t in found.sweep],
         ),
         "<h2>What each setting is made of</h2>",
         _table(["setting", "parameters", "active", "in tables", "cache bytes a token", "optimizer's share of FLOPs"], [
