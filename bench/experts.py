@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     o = parser.parse_args()
     begin = time.monotonic()
-    budget = dataclasses.replace(Budget(), width=o.width, seeds=o.seeds, control_seeds=1)
+    budget = dataclasses.replace(Budget(), depth=3, width=o.width, seeds=o.seeds, control_seeds=1)
     data = o.data or built_pool(o.out / "data", budget, ("python",), print)
     with Pool(o.workers, print) as pool:
         study = Study(budget, Pools(data, o.out / "runs"), pool)

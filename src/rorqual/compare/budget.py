@@ -17,19 +17,21 @@ class Budget:
 
     name: str = "standard"
     width: int = 64
-    depth: int = 3
+    depth: int = 2
     search_depth: bool = True
     heads: int = 2
     seq_len: int = 128
     batch_size: int = 16
-    steps: int = 1600
+    steps: int = 2000
     vocab_size: int = 2048
     pool_mb: float = 40.0  # of text that the pool is built from
-    fractions: tuple[float, ...] = (1.5, 2, 2.3, 2.6, 2.8, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16)
+    fractions: tuple[float, ...] = (
+        1.5, 2, 2.3, 2.6, 2.8, 3, 3.2, 3.4, 3.6, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16,
+    )  # fmt: skip
     # Where the search for the baseline's rates begins, in factors of two, and how often it goes on from an end at once.
     lr: float = 0.004  # of matrices
     embedding_lr: float = 0.04
-    head_lr: float = 0.032
+    head_lr: float = 0.016
     more_rates: int = 2
     seeds: int = 3
     control_seeds: int = 3

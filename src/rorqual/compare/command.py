@@ -200,7 +200,7 @@ class ScalingOptions:
     rungs: int = 4
     width: int = 32  # of the smallest rung
     ratio: float = 1.41  # of one rung's width to the one below
-    steps: int = 400  # of the smallest rung; more with the square of the width
+    steps: int = 500  # of the smallest rung; more with the square of the width
     fraction: float = 4.0  # the recipe's runs for the fit have 1/fraction of the baseline's steps
     seeds: int = 2
     workers: int = 0
