@@ -104,4 +104,7 @@ def test_layers_read_the_follower_by_the_length_of_the_match(make_model) -> None
     assert scale.shape == (len(model.layers), 1, 5, 1)
     want = [0.0, 0.0, *model.induction.scale[1].tolist(), 0.0]
     torch.testing.assert_close(scale[1, 0, :, 0], torch.tensor(want))
-    assert torch.equal(rows[0, 2:4], model.induction.weight[[6, 5]])
+    weight = model.induction.weight
+    of_lengths = weight[-2:]  # of a match of one token, and of two
+    assert len(weight) == model.config.vocab_size + 2
+    assert torch.equal(rows[0, 2:4], weight[[6, 5]] + of_lengths)

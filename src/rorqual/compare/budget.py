@@ -26,12 +26,12 @@ class Budget:
     vocab_size: int = 2048
     pool_mb: float = 40.0  # of text that the pool is built from
     fractions: tuple[float, ...] = (
-        1.5, 2, 2.3, 2.6, 2.8, 3, 3.2, 3.4, 3.6, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16,
+        1.5, 2, 2.3, 2.6, 2.8, 3, 3.1, 3.2, 3.4, 3.6, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16,
     )  # fmt: skip
     # Where the search for the baseline's rates begins, in factors of two, and how often it goes on from an end at once.
     lr: float = 0.004  # of matrices
-    embedding_lr: float = 0.04
-    head_lr: float = 0.016
+    embedding_lr: float = 0.02
+    head_lr: float = 0.008
     more_rates: int = 2
     seeds: int = 3
     control_seeds: int = 3

@@ -18,12 +18,10 @@ BASELINE: Overrides = {
     "shape.zero_output": False,
     "optim.name": "adamw",
     "optim.lr": 0.004,
-    "optim.embedding_lr": 0.04,
-    "optim.head_lr": 0.016,
-    "optim.betas": [
-        0.7,
-        0.99,
-    ],  # for all: the usual 0.9 and 0.95 end 0.02 nats above, with the tables and without
+    "optim.embedding_lr": 0.02,
+    "optim.head_lr": 0.008,
+    # For both sides: the usual 0.9 and 0.95 end 0.02 nats above, with the tables and without.
+    "optim.betas": [0.7, 0.99],
     "schedule.name": "cosine",
     "schedule.warmup": 0.05,
     "schedule.floor": 0.1,

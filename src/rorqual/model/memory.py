@@ -41,21 +41,24 @@ class NgramTable(nn.Module):
 
 
 class Induction(nn.Module):
-    """What followed the last tokens when they stood in the context before: each layer adds its row, by a weight that
-    is learned for the length of the match. What a pair of attention layers must learn (induction heads, arXiv
+    """What followed the last tokens when they stood in the context before: each layer adds its row and that of the
+    match's length, by a weight that is learned for the length. What a pair of attention layers must learn (induction heads, arXiv
     2209.11895) is looked up instead, as by the n-gram heads of arXiv 2401.12973: integers, and no product.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.longest = config.induction
-        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        # A row for every token that may follow, then one for every length.
+        self.weight = nn.Parameter(torch.empty(config.vocab_size + config.induction, config.hidden_size))
         self.scale = nn.Parameter(torch.empty(config.num_hidden_layers, config.induction))
 
     def forward(self, found: Found) -> tuple[Tensor, Tensor]:
         """→ each layer's weights [layers, *L, 1], 0 without a match, and rows [*L, D]."""
         scale = nn.functional.pad(self.scale, (1, 0))[:, found.lengths]
-        return scale[..., None], nn.functional.embedding(found.ids, self.weight)
+        length = len(self.weight) - self.longest + (found.lengths - 1).clamp(min=0)
+        rows = nn.functional.embedding(found.ids, self.weight) + nn.functional.embedding(length, self.weight)
+        return scale[..., None], rows
 
 
 class Found(NamedTuple):
