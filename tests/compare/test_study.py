@@ -119,7 +119,7 @@ def test_a_depth_that_was_asked_for_stays(tmp_path: Path) -> None:
 
 
 def test_a_deeper_baseline_drops_the_fractions_that_its_steps_cannot_bear() -> None:
-    budget = dataclasses.replace(SMALL, steps=80)
+    budget = dataclasses.replace(SMALL, steps=80, depth=3)
     assert budget.at_depth(6).fractions == (2, 4)
     assert budget.at_depth(3) == budget
 

@@ -42,8 +42,8 @@ class NgramTable(nn.Module):
 
 class Induction(nn.Module):
     """What followed the last tokens when they stood in the context before: each layer adds its row and that of the
-    match's length, by a weight that is learned for the length. What a pair of attention layers must learn (induction heads, arXiv
-    2209.11895) is looked up instead, as by the n-gram heads of arXiv 2401.12973: integers, and no product.
+    match's length, by a weight that is learned for the length. What a pair of attention layers must learn (induction
+    heads, arXiv 2209.11895) is looked up instead, as by the n-gram heads of arXiv 2401.12973: integers, and no product.
     """
 
     def __init__(self, config: ModelConfig) -> None:
