@@ -42,19 +42,29 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert [(x["step"], x["loss"]) for x in read(a)] == [(x["step"], x["loss"]) for x in read(b)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize(
+    ("dtype", "name", "share"),
+    [
+        ("float32", "muon", 1.0),
+        ("bfloat16", "muon", 0.5),
+        ("float32", "adamw", 0.5),
+        ("bfloat16", "adamw", 1.0),
+    ],
+)
 def test_a_resumed_run_equals_one_that_went_through(
-    make_config: Make, tmp_path: Path, silent: Any, dtype: str, name: str
+    make_config: Make, tmp_path: Path, silent: Any, dtype: str, name: str, share: float
 ) -> None:
     """pytorch/torchtitan#809, huggingface/nanotron#245: 6 steps straight against 3, a stop and 3 more; rates are in
     warm-up at the stop."""
-    more = {"dtype": dtype, "optim": Optim(name), "steps": 6}
+    more = {"dtype": dtype, "optim": Optim(name), "steps": 6, "softmax_share": share}
     train(make_config(out=tmp_path / "a", **more), show=silent)
     stopped = train(make_config(out=tmp_path / "b", stop_at=3, **more), show=silent)
     assert stopped.step == 3
     train(make_config(out=tmp_path / "b", **more), resume=True, show=silent)
     assert_same_run(tmp_path / "a", tmp_path / "b")
+    logits = [[x.get("logits") for x in read(tmp_path / run)] for run in "ab"]
+    assert logits[0] == logits[1]
+    assert (logits[0][-1] is None) == (share == 1)
 
 
 def test_the_first_step_after_a_resume_is_the_next(make_config: Make, silent: Any) -> None:

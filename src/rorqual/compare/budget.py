@@ -99,8 +99,8 @@ class Budget:
 
 PRESETS = {
     "quick": Budget(
-        "quick", steps=240, pool_mb=12.0, fractions=(1.5, 2, 3, 4, 5, 6, 8), lr=0.008, embedding_lr=0.32, head_lr=0.064,
-        control_seeds=1, eval_rows=256,
+        "quick", depth=1, steps=320, pool_mb=12.0, fractions=(1.5, 2, 2.5, 3, 4, 5, 6, 8), lr=0.008, embedding_lr=0.16,
+        head_lr=0.032, control_seeds=1, eval_rows=256,
     ),
     "standard": Budget(),
 }  # fmt: skip

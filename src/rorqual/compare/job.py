@@ -124,9 +124,11 @@ def run(job: Job) -> Result | None:
     with torch.device("meta"):
         optimizer = Optimizer(Transformer(shape).named_parameters(), config.optim)
         update_flops = flops(optimizer, config.tokens_per_step)
+    # Of the vocabulary, that the loss was over: sampled softmax may need more than it was given.
+    share = last["logits"] / (last["tokens"] * shape.vocab_size) if config.softmax_share < 1 else 1.0
     result = Result(
         job.setting.name, job.steps, job.seed, last["heldout_loss"], last["heldout_bpb"], last["tokens"],
-        bill.train_flops(config.seq_len) * last["tokens"], update_flops * job.steps,
+        bill.train_flops(config.seq_len, share) * last["tokens"], update_flops * job.steps,
         last["stepping_seconds"], last["processor_seconds"], peak_bytes(), bill.parameters, bill.active, bill.tables,
         bill.cache_bytes(), [[x["step"], x["heldout_loss"]] for x in lines if "heldout_loss" in x], config.out.name,
     )  # fmt: skip

@@ -46,6 +46,7 @@ PARTS: dict[str, Overrides] = {
     # What a token reads from tables and from its context spares layers: at equal FLOPs one layer beat three by 0.1 nats
     # with them, and lost 0.02 without.
     "shallow": {"shape.depth": 1},
+    "sampled": {"softmax_share": 0.375},
     "x0": {"shape.x0_residual": True},
     "smear": {"shape.smear": True},
     "experts": {"shape.family": "deepseek", "shape.experts": 32, "shape.attention": "gqa"},
@@ -116,7 +117,7 @@ BASE = Setting("baseline")
 RECIPE = Setting(
     "recipe",
     # Norms of queries and keys, a soft cap, x0 and smear were worth nothing here (0.99 to 1.01 of the steps each).
-    ("muon", "wsd", "zero-output", "pairs", "triples", "values", "induction", "shallow"),
+    ("muon", "wsd", "zero-output", "pairs", "triples", "values", "induction", "shallow", "sampled"),
 )
 EQUAL_PARAMETERS = BASE.plus("baseline with the tables", TABLES)
 EQUAL_OPTIMIZER = BASE.plus("baseline under Muon", ("muon",))

@@ -40,10 +40,11 @@ class Cost:
         )
         return 2 * c.num_hidden_layers * c.num_attention_heads * widths * context
 
-    def train_flops(self, length: int) -> float:
+    def train_flops(self, length: int, softmax_share: float = 1.0) -> float:
         """FLOPs per trained token in rows of `length`: forward and backward (three times the forward pass),
-        causal attention seeing half the row on average."""
-        return 3 * (2 * self.matmul + self.attention_flops(length / 2, absorbed=False))
+        causal attention seeing half the row on average, the head over a share of the vocabulary."""
+        spared = (1 - softmax_share) * self.config.vocab_size * self.config.hidden_size
+        return 3 * (2 * (self.matmul - spared) + self.attention_flops(length / 2, absorbed=False))
 
     def decode_flops(self, context: int) -> float:
         """FLOPs per generated token with `context` tokens in the cache, MLA in its absorbed form."""

@@ -26,7 +26,7 @@ OPTIONS: dict[str, Any] = {
 
 def bill_lines(config: TrainConfig, bill: Cost) -> list[str]:
     """A few lines for a person."""
-    flops = bill.train_flops(config.seq_len)
+    flops = bill.train_flops(config.seq_len, config.softmax_share)
     lines = [
         f"{bill.config.architecture}: {bill.parameters / 1e6:.1f}M parameters, {bill.active / 1e6:.1f}M active a token, "
         f"cache {bill.cache_bytes():,.0f} bytes a token",
@@ -55,4 +55,4 @@ def _flops(config: TrainConfig, bill: Cost) -> float:
     """FLOPs a token, each MTP module counted as a layer and the head once more."""
     c = bill.config
     modules = c.num_nextn_predict_layers * 6 * c.vocab_size * c.hidden_size + 6 * bill.mtp
-    return bill.train_flops(config.seq_len) + modules
+    return bill.train_flops(config.seq_len, config.softmax_share) + modules

@@ -99,6 +99,7 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights and optimizer are float32
     device: str = "auto"
     mtp_weight: float = 0.3
+    softmax_share: float = 1.0  # of the vocabulary that a step's loss is over; below 1: sampled softmax
     recompute: bool = False  # drop activations and compute them again: slower, less memory
     compile: bool = False
     curriculum: tuple[tuple[float, tuple[float, ...]], ...] = ()  # (share of the run, weights of the sets)
@@ -132,6 +133,8 @@ class TrainConfig:
             raise ConfigError(f"stop_at={self.stop_at}: must be at most steps={self.steps}")
         if self.mtp_weight < 0:
             raise ConfigError(f"mtp_weight={self.mtp_weight}: must be 0 or more")
+        if not 0 < self.softmax_share <= 1:
+            raise ConfigError(f"softmax_share={self.softmax_share}: must be above 0 and at most 1")
         if self.init_from is None:
             if self.extend_context is not None:
                 raise ConfigError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from rorqual.model.moe import Routing
 from rorqual.model.transformer import Transformer
 from rorqual.train.batch import Lesson
+from rorqual.train.candidates import Candidates
 from rorqual.train.loss import cross_entropy
 
 
@@ -38,18 +39,20 @@ def objective(
     mtp_weight: float = 0.0,
     recompute: bool = False,
     forward: Any = None,
+    candidates: Candidates | None = None,
 ) -> tuple[Loss, Routing | None]:
     """A micro-batch's part of the step's loss, and where its tokens went.
 
     `tokens`: weights of all targets of the step, so that micro-batches with few of them count for few; `share`: this
-    micro-batch's part of the step's rows. `forward` stands in for the model's own (compiled).
+    micro-batch's part of the step's rows. `forward` stands in for the model's own (compiled). `candidates`: of which
+    tokens the language loss is; without them, of all.
     """
     c = model.config
     routing = Routing() if c.n_routed_experts else None
     h = (model if forward is None else forward)(
         lesson.inputs, lesson.positions, lesson.attend(), routing, recompute
     )
-    language = _language(model, h, lesson.targets, lesson.weights) / tokens
+    language = _language(model, h, lesson.targets, lesson.weights, candidates) / tokens
     zero = torch.zeros((), device=h.device)
     mtp = _further(model, h, lesson, routing) / tokens if len(model.mtp) and mtp_weight else zero
     balance = routing.balance_loss.to(h.device) * share if routing is not None else zero
@@ -58,9 +61,13 @@ def objective(
     return Loss(total, language.detach(), raw, mtp.detach()), routing
 
 
-def _language(model: Transformer, h: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    cap = model.config.logit_softcap
-    return cross_entropy(h.flatten(0, 1), model.lm_head.weight, targets.flatten(), weights.flatten(), cap)
+def _language(
+    model: Transformer, h: Tensor, targets: Tensor, weights: Tensor, candidates: Candidates | None = None
+) -> Tensor:
+    head, cap, biases = model.lm_head.weight, model.config.logit_softcap, None
+    if candidates is not None:
+        head, targets, biases = head[candidates.ids], candidates.places[targets], candidates.biases
+    return cross_entropy(h.flatten(0, 1), head, targets.flatten(), weights.flatten(), cap, biases)
 
 
 def _further(model: Transformer, h: Tensor, lesson: Lesson, routing: Routing | None) -> Tensor:

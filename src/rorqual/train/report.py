@@ -94,7 +94,7 @@ def _tiles(config: TrainConfig, bill: Cost, lines: Lines) -> str:
         "parameters": _millions(bill.parameters),
         "active a token": _millions(bill.active),
         "tokens trained": f"{last.get('tokens', 0) / 1e6:,.1f} M",
-        "training FLOPs": f"{bill.train_flops(config.seq_len) * last.get('tokens', 0):.2e}",
+        "training FLOPs": f"{bill.train_flops(config.seq_len, config.softmax_share) * last.get('tokens', 0):.2e}",
         "tokens a second": f"{last.get('tokens_per_second', 0):,.0f}",
         "of the machine's peak": f"{last['mfu']:.0%}" if "mfu" in last else "–",
         "time": duration(last.get("seconds", 0)),
@@ -138,7 +138,7 @@ def _cost_rows(config: TrainConfig, bill: Cost, last: Mapping[str, Any]) -> list
     rows = [
         ("parameters", f"{bill.parameters:,}"),
         ("active parameters a token", f"{bill.active:,}"),
-        ("training FLOPs a token", f"{bill.train_flops(config.seq_len):,.0f}"),
+        ("training FLOPs a token", f"{bill.train_flops(config.seq_len, config.softmax_share):,.0f}"),
         ("cache of a token", f"{bill.cache_bytes():,.0f} bytes in bfloat16; {heads / bill.cache_elements:.1f} times less "
          "than with keys and values of every head"),
         ("optimizer's share of a step", f"{last['optimizer_share']:.1%}" if "optimizer_share" in last else "–"),

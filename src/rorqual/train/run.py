@@ -93,6 +93,7 @@ def conduct(
     """Train in the run folder, with its lock, its checkpoints and its report. `adapt` makes what is trained of the
     model that is begun with, `export` what is saved of what is trained; `mesh` are the processes that share the run."""
     mesh = mesh or Mesh()
+    check_sampling(config, shape, mesh)
     check_memory(config, shape, mesh)
     keep_freed_memory()
     lock = mesh.together(lambda: Lock(config.out).__enter__(), alone=True)
@@ -209,9 +210,23 @@ def _differences(before: Any, now: Any, where: str = "") -> list[tuple[str, Any,
     return [] if before == now else [(where, before, now)]
 
 
+def check_sampling(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> None:
+    """Raises ConfigError where sampled softmax cannot be."""
+    if config.softmax_share == 1:
+        return
+    if mesh.world > 1:
+        raise ConfigError(
+            f"softmax_share={config.softmax_share}: is for one process, and there are {mesh.world}; set it to 1"
+        )
+    if shape.logit_softcap is not None:
+        raise ConfigError(
+            f"softmax_share={config.softmax_share}: does not go with logit_softcap={shape.logit_softcap}; leave one out"
+        )
+
+
 def step_flops(config: TrainConfig, bill: Cost, trainer: Trainer) -> float:
     """FLOPs of a whole step: forward and backward of its tokens, and Muon's orthogonalisation."""
-    return bill.train_flops(config.seq_len) * config.tokens_per_step + flops(
+    return bill.train_flops(config.seq_len, config.softmax_share) * config.tokens_per_step + flops(
         trainer.optimizer, config.tokens_per_step
     )
 

@@ -23,6 +23,7 @@ from rorqual.parallel.mesh import Mesh
 from rorqual.parallel.spread import fold, gradient_norm, sum_gradients
 from rorqual.train import checkpoint, folders
 from rorqual.train.batch import Lesson, Rows
+from rorqual.train.candidates import Candidates
 from rorqual.train.config import TrainConfig, due
 from rorqual.train.metrics import Log, NoLog, View
 from rorqual.train.objective import autocast, objective
@@ -101,6 +102,7 @@ class Trainer:
         self.optimizer = Optimizer(model.named_parameters(), config.optim, products, layout)
         self.speed = speed or Speed(config)
         self.step = self.skipped = 0
+        self.logits = 0  # that sampled softmax computed
         self._forward: Any = torch.compile(model) if config.compile else model
 
     def resume(self, folder: Path) -> None:
@@ -119,6 +121,7 @@ class Trainer:
         self.optimizer.load_state_dict(tensors)
         self.source.load_state_dict(saved.state["loader"])
         self.step, self.skipped = saved.step, int(saved.state["skipped"])
+        self.logits = int(saved.state.get("logits", 0))
         self.speed.before = float(saved.state["seconds"])
         self.speed.stepping, self.speed.processor = saved.state["stepping"]
 
@@ -127,6 +130,7 @@ class Trainer:
         tensors = self.optimizer.state_dict() | {f"adapter.{n}": p for n, p in self._adapters()}
         state = {
             "skipped": self.skipped,
+            "logits": self.logits,
             "seconds": self.speed.seconds,
             "stepping": [self.speed.stepping, self.speed.processor],
             "loader": self.source.state_dict(),
@@ -195,16 +199,19 @@ class Trainer:
         c, data = self.config, self.mesh.data
         targets = torch.tensor(sum(float(x.weights.sum()) for x in lessons), dtype=torch.float64)
         update = Update(targets=float(data.sum_(targets.to(self.device))), loads={})
-        for lesson in lessons:
+        for i, rows in enumerate(lessons):
+            lesson = rows.to(self.device)
+            candidates = self._candidates(lesson, i)
             with autocast(self.device, c.dtype):
                 loss, routing = objective(
                     self.model,
-                    lesson.to(self.device),
+                    lesson,
                     max(update.targets, 1.0),
                     1 / (len(lessons) * data.size),
                     c.mtp_weight,
                     c.recompute,
                     self._forward,
+                    candidates,
                 )
             loss.total.backward()
             update.loss += float(loss.language)
@@ -217,6 +224,16 @@ class Trainer:
             self._add_up(update)
         update.norm = clip_(self.params, c.optim.clip, self._norm())
         return update
+
+    def _candidates(self, lesson: Lesson, number: int) -> Candidates | None:
+        """Of which tokens the loss of the step's micro-batch is: a resumed run draws the same."""
+        c = self.config
+        if c.softmax_share == 1:
+            return None
+        seed = (c.seed * c.steps + self.step) * c.accumulate + number
+        drawn = Candidates.draw(lesson.targets, self.model.config.vocab_size, c.softmax_share, seed)
+        self.logits += len(drawn.ids) * lesson.targets.numel()
+        return drawn
 
     def _add_up(self, update: Update) -> None:
         """Other processes' gradients and figures to ours."""
@@ -252,6 +269,8 @@ class Trainer:
             line |= {"mtp_loss": update.mtp, "mtp_weight": c.mtp_weight}
             total += c.mtp_weight * update.mtp
         line |= {"total_loss": total, "skipped": self.skipped, "tokens": self.step * c.tokens_per_step}
+        if c.softmax_share < 1:
+            line["logits"] = self.logits
         return line | self.speed.figures(self.step)
 
     def _validate(self) -> dict[str, Any]:
