@@ -1,4 +1,4 @@
-"""How much less the recipe needs than a tuned Llama-style baseline: `rorqual compare`, and its record.
+"""How much less the recipe needs than a tuned Llama-style baseline: `rorqual compare`, and its record and page.
 
 python bench/compare.py --budget quick       # or standard; runs that are there are not computed again
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from record import Row, write_record
+from record import RECORDS, Row, write_record
 
 # What we set out for, at the standard budget: (FLOPs, processor seconds).
 GOALS = {
@@ -93,6 +94,7 @@ def main() -> int:
     kept = {key: tree[key] for key in ("budget", "sweep", "matches", "factors", "runs")}
     for run in kept["runs"]:
         del run["curve"]
+    shutil.copy(options.out / "report.html", RECORDS / f"compare_{options.budget}.html")
     print(write_record(f"compare_{options.budget}", rows, seconds=time.monotonic() - begin, **kept))
     return 0
 

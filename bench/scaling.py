@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from record import Row, write_record
+from record import RECORDS, Row, write_record
 
 
 def rows_of(tree: dict[str, Any]) -> list[Row]:
@@ -71,6 +72,7 @@ def main() -> int:
         return done.returncode
     tree = json.loads((options.out / "scaling.json").read_text(encoding="utf-8"))
     found = {key: tree[key] for key in ("ladders", "matches", "gains")}
+    shutil.copy(options.out / "scaling.html", RECORDS / "scaling.html")
     print(write_record("scaling", rows_of(tree), seconds=time.monotonic() - begin, **found))
     return 0
 

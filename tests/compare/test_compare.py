@@ -1,7 +1,9 @@
 """The command from text to report on tiny models; runs are cached, reproducible, and resumed after a signal."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from rorqual.compare.budget import Budget
-from rorqual.compare.job import RESULT, Job, run
+from rorqual.compare.job import RESULT, Job, Silent, run
 from rorqual.compare.pool import Pool
 from rorqual.compare.pools import built_pool, found_pool
 from rorqual.compare.setting import BASE, RECIPE
 from rorqual.errors import RunError
+from rorqual.train.run import train
 
 TINY = Budget(
     "tiny", width=16, depth=2, heads=2, seq_len=16, batch_size=2, steps=30, vocab_size=320, pool_mb=1,
@@ -64,6 +67,18 @@ def test_other_sources_are_another_pool(text: Path, pool: Path) -> None:
     """A folder used before must not answer for text that was not asked for."""
     assert built_pool(pool.parent, TINY, (str(text),), lambda _: None) == pool
     assert built_pool(pool.parent, TINY, (str(text / "m1?.py"),), lambda _: None) != pool
+
+
+def test_a_part_of_a_run_that_was_moved_is_begun_anew(pool: Path, tmp_path: Path) -> None:
+    job = Job(RECIPE, TINY, 12, 0, pool, pool, tmp_path / "whole")
+    whole = run(job)
+    assert whole is not None
+    part = dataclasses.replace(job, runs=tmp_path / "part")
+    assert train(dataclasses.replace(part.config, stop_at=6), show=Silent()).step == 6
+    moved = shutil.copytree(pool, tmp_path / "moved")
+    again = run(dataclasses.replace(part, data=moved, target=moved))
+    assert again is not None
+    assert (again.loss, again.curve, again.folder) == (whole.loss, whole.curve, whole.folder)
 
 
 def test_a_failed_run_is_named(pool: Path, tmp_path: Path) -> None:

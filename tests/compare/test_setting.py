@@ -2,7 +2,7 @@
 
 import pytest
 
-from rorqual.compare.setting import BASE, EQUAL_PARAMETERS, PARTS, RECIPE, Setting, with_overrides
+from rorqual.compare.setting import BASE, PARTS, RECIPE, TABLES, Setting, with_overrides
 from rorqual.config import from_dict, put
 from rorqual.errors import ConfigError
 from rorqual.train.config import TrainConfig
@@ -28,11 +28,20 @@ def test_without_takes_out_just_that_part() -> None:
 
 
 def test_the_equal_parameter_control_is_the_baseline_but_for_tables() -> None:
-    a, b = BASE.overrides(), EQUAL_PARAMETERS.overrides()
+    a, b = BASE.overrides(), BASE.plus("control", TABLES).overrides()
     tables = {"shape.ngram_table_size", "shape.triple_table_size", "shape.value_embeddings"}
     assert {k for k in b if a.get(k) != b[k]} == tables
     whole = RECIPE.overrides()
     assert all(b[k] == whole[k] for k in tables)
+
+
+def test_a_part_keeps_its_own_rates_on_a_swept_baseline() -> None:
+    """Muon at the rates that were swept for AdamW is no control."""
+    swept = BASE.at(optim__lr=0.5, optim__clip=2.0)
+    assert swept.plus("x", ("pairs",)).overrides()["optim.lr"] == 0.5
+    under_muon = swept.plus("x", ("muon",)).overrides()
+    assert under_muon["optim.lr"] == PARTS["muon"]["optim.lr"]
+    assert under_muon["optim.clip"] == 2.0
 
 
 def test_latent_attention_without_experts_is_dense() -> None:

@@ -13,7 +13,7 @@ from rorqual.model.cost import cost
 from rorqual.model.transformer import Transformer
 from rorqual.parallel.mesh import Mesh
 from rorqual.train.batch import Lesson
-from rorqual.train.candidates import LEAST, Candidates
+from rorqual.train.candidates import LEAST, Candidates, share_of
 from rorqual.train.config import TrainConfig
 from rorqual.train.loss import cross_entropy, cross_entropy_reference
 from rorqual.train.objective import objective
@@ -105,6 +105,11 @@ def test_what_it_spares() -> None:
     assert bill.train_flops(8) - bill.train_flops(8, 0.25) == pytest.approx(
         6 * 0.75 * c.vocab_size * c.hidden_size
     )
+
+
+def test_the_share_of_a_run_is_that_of_the_logits_it_computed() -> None:
+    assert share_of({"tokens": 10}, V) == 1
+    assert share_of({"tokens": 10, "logits": 10 * 48}, V) == 0.75
 
 
 def test_refused() -> None:

@@ -51,7 +51,7 @@ class Job:
         marks = [fingerprint(self.data), fingerprint(self.target)]
         key = hashlib.sha256(json.dumps([tree, marks], sort_keys=True).encode()).hexdigest()[:10]
         name = "-".join(self.setting.name.split())
-        put(tree, "data", [str(self.data)])
+        put(tree, "data", [str(self.data.resolve())])
         put(tree, "out", str(self.runs / f"{name}-{self.steps}-{self.seed}-{key}"))
         return from_dict(TrainConfig, tree)
 
@@ -100,6 +100,7 @@ def run(job: Job) -> Result | None:
     from rorqual.model.transformer import Transformer
     from rorqual.text.tokenizer import Tokenizer
     from rorqual.train import checkpoint
+    from rorqual.train.candidates import share_of
     from rorqual.train.metrics import read
     from rorqual.train.optim import Optimizer, flops
     from rorqual.train.run import conduct, model_config
@@ -115,6 +116,8 @@ def run(job: Job) -> Result | None:
         vocab_size=shape.vocab_size,
     )  # fmt: skip
     validation = Validation(target, tokenizer, shape.vocab_size)
+    if _moved(config):
+        shutil.rmtree(config.out)  # a part of a run, whose config names another place: begun anew
     resume = checkpoint.latest(config.out, lambda _: None) is not None
     ended = conduct(config, shape, loader, job.data, validation, resume, Silent())
     if ended.stopped is not None:
@@ -124,11 +127,9 @@ def run(job: Job) -> Result | None:
     with torch.device("meta"):
         optimizer = Optimizer(Transformer(shape).named_parameters(), config.optim)
         update_flops = flops(optimizer, config.tokens_per_step)
-    # Of the vocabulary, that the loss was over: sampled softmax may need more than it was given.
-    share = last["logits"] / (last["tokens"] * shape.vocab_size) if config.softmax_share < 1 else 1.0
     result = Result(
         job.setting.name, job.steps, job.seed, last["heldout_loss"], last["heldout_bpb"], last["tokens"],
-        bill.train_flops(config.seq_len, share) * last["tokens"], update_flops * job.steps,
+        bill.train_flops(config.seq_len, share_of(last, shape.vocab_size)) * last["tokens"], update_flops * job.steps,
         last["stepping_seconds"], last["processor_seconds"], peak_bytes(), bill.parameters, bill.active, bill.tables,
         bill.cache_bytes(), [[x["step"], x["heldout_loss"]] for x in lines if "heldout_loss" in x], config.out.name,
     )  # fmt: skip
@@ -149,6 +150,14 @@ def peak_bytes() -> int:
     """The most memory that this process has held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _moved(config: TrainConfig) -> bool:
+    """Whether a run was begun here on the same text at another place."""
+    path = config.out / "run.json"
+    if not path.is_file():
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8"))["data"] != to_dict(config)["data"])
 
 
 def fingerprint(folder: Path) -> str:

@@ -17,7 +17,7 @@ from statistics import mean
 from rorqual.compare.budget import Budget
 from rorqual.compare.job import Job, Result
 from rorqual.compare.pool import Pool
-from rorqual.compare.setting import BASE, EQUAL_OPTIMIZER, EQUAL_PARAMETERS, Setting
+from rorqual.compare.setting import BASE, TABLES, Setting
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,11 @@ class Study:
         return Match(base, points, None if best is None else runs[best])
 
     def controls(self) -> list[Setting]:
-        """The baseline with the recipe's tables, and under its optimizer: each at the swept rate where it keeps it."""
+        """The baseline with the recipe's tables, at its own rates, and under the recipe's optimizer, whose rates are its
+        own."""
         return [
-            Setting(EQUAL_PARAMETERS.name, EQUAL_PARAMETERS.parts, self.baseline.more),
-            EQUAL_OPTIMIZER,  # Muon's rate is its own
+            self.baseline.plus("baseline with the tables", TABLES),
+            self.baseline.plus("baseline under Muon", ("muon",)),
         ]
 
 

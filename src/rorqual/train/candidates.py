@@ -1,15 +1,17 @@
 """Sampled softmax: a loss over some of the vocabulary's tokens, whose head products are most of a small model's work.
 
-All tokens that a batch predicts are candidates, and a random sample of the others stands for the rest: each of its
-exponentials counts for as many tokens as the sample leaves out, so the sum over the vocabulary is right on average
+All tokens that a batch predicts are candidates, and so is a random sample of the others, which stands for all of them: of
+n others m are drawn, and the exponential of each counts n/m times, so the sum over the vocabulary is right on average
 (after Jean et al., arXiv 1412.2007, with the batch's own targets). The logarithm of that sum errs a little to the low
 side; held-out losses are of the whole vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, log
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,3 +46,9 @@ class Candidates:
         places = torch.full((vocab_size,), -1, device=targets.device)
         places[ids] = torch.arange(len(ids), device=targets.device)
         return cls(ids, places, biases[ids])
+
+
+def share_of(line: Mapping[str, Any], vocab_size: int) -> float:
+    """Of the vocabulary, that the losses up to a line of metrics were over: a batch of many different tokens needs more
+    than the share that was asked for. 1 without sampling."""
+    return line["logits"] / (line["tokens"] * vocab_size) if "logits" in line else 1.0

@@ -13,6 +13,7 @@ from rorqual.config import to_dict
 from rorqual.device import machine
 from rorqual.model.cost import Cost
 from rorqual.train.bill import option_lines
+from rorqual.train.candidates import share_of
 from rorqual.train.config import TrainConfig
 from rorqual.train.metrics import read
 from rorqual.train.plot import Curve, chart
@@ -89,12 +90,13 @@ def page(config: TrainConfig, bill: Cost, lines: Lines) -> str:
 def _tiles(config: TrainConfig, bill: Cost, lines: Lines) -> str:
     last: Mapping[str, Any] = lines[-1] if lines else {}
     bits = [x["heldout_bpb"] for x in lines if "heldout_bpb" in x]
+    share = share_of(last, bill.config.vocab_size)
     tiles = {
         "held-out bits per byte": f"{bits[-1]:.3f}" if bits else "–",
         "parameters": _millions(bill.parameters),
         "active a token": _millions(bill.active),
         "tokens trained": f"{last.get('tokens', 0) / 1e6:,.1f} M",
-        "training FLOPs": f"{bill.train_flops(config.seq_len, config.softmax_share) * last.get('tokens', 0):.2e}",
+        "training FLOPs": f"{bill.train_flops(config.seq_len, share) * last.get('tokens', 0):.2e}",
         "tokens a second": f"{last.get('tokens_per_second', 0):,.0f}",
         "of the machine's peak": f"{last['mfu']:.0%}" if "mfu" in last else "–",
         "time": duration(last.get("seconds", 0)),

@@ -225,7 +225,8 @@ def check_sampling(config: TrainConfig, shape: ModelConfig, mesh: Mesh) -> None:
 
 
 def step_flops(config: TrainConfig, bill: Cost, trainer: Trainer) -> float:
-    """FLOPs of a whole step: forward and backward of its tokens, and Muon's orthogonalisation."""
+    """FLOPs of a whole step: forward and backward of its tokens, and Muon's orthogonalisation. Sampled softmax counts
+    with the share that was asked for."""
     return bill.train_flops(config.seq_len, config.softmax_share) * config.tokens_per_step + flops(
         trainer.optimizer, config.tokens_per_step
     )
