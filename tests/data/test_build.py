@@ -272,3 +272,81 @@ def test_workers_end_with_a_build_that_is_killed(tmp_path: Path, make_article) -
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     assert not (tmp_path / "out").exists()
+
+
+def test_a_given_tokenizers_ids_come_along_from_the_model_beside_it(tmp_path: Path, make_article) -> None:
+    """Its tokenizer_config.json may name none; documents begin and end with them all the same."""
+    pool = lines(tmp_path / "a.jsonl", [make_article(i) for i in range(8)])
+    build(quick([pool], tmp_path / "first"))
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "tokenizer.json").write_bytes((tmp_path / "first" / "tokenizer.json").read_bytes())
+    (model / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [1, 5]}))
+    build(quick([pool], tmp_path / "out", tokenizer=model))
+    found, s = Tokenizer.load(tmp_path / "out"), TokenSet(tmp_path / "out", "train")
+    assert (found.bos_id, found.eos_ids) == (0, (1, 5))
+    assert {(int(s.document(i)[0]), int(s.document(i)[-1])) for i in range(len(s))} == {(0, 1)}
+
+
+@pytest.mark.parametrize("content", ['{"question": "what?"}\n', "{broken\n", ""])
+def test_an_evaluation_file_that_cannot_be_compared_stops_the_build(
+    tmp_path: Path, make_article, content: str
+) -> None:
+    pool = lines(tmp_path / "a.jsonl", [make_article(i) for i in range(4)])
+    (tmp_path / "eval.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"eval\.jsonl.*text_key"):
+        build(quick([pool], tmp_path / "out", evaluation=(str(tmp_path / "eval.jsonl"),)))
+
+
+def test_an_evaluation_text_is_found_in_another_form_of_unicode(tmp_path: Path, make_article) -> None:
+    import unicodedata
+
+    leaked = make_article(99).replace("a", "\u00e4")
+    pool = lines(tmp_path / "a.jsonl", [leaked, *(make_article(i) for i in range(4))])
+    lines(tmp_path / "eval.jsonl", [unicodedata.normalize("NFD", leaked)])
+    build(quick([pool], tmp_path / "out", evaluation=(str(tmp_path / "eval.jsonl"),)))
+    assert len(documents(tmp_path / "out")) == 4
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path: Path, make_article) -> None:
+    text = make_article(0)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x\ud83dx " + text}))
+    build(quick([tmp_path / "a.jsonl"], tmp_path / "out"))
+    assert documents(tmp_path / "out") == ["x\ufffdx " + text]
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+def test_a_packed_file_that_was_cut_off_or_is_something_else_is_named(
+    tmp_path: Path, make_article, kind: str
+) -> None:
+    import zstandard
+
+    text = "".join(json.dumps({"text": make_article(i)}) + "\n" for i in range(300)).encode()
+    packed = gzip.compress(text) if kind == "gz" else zstandard.compress(text)
+    good = lines(tmp_path / "good.jsonl", [make_article(1000)])
+    cut, other = tmp_path / f"cut.jsonl.{kind}", tmp_path / f"other.jsonl.{kind}"
+    cut.write_bytes(packed[: len(packed) // 2])
+    other.write_bytes(text[:200])
+    meta = build(quick([good, cut, other], tmp_path / "out"))
+    named = [e for r, found in meta["skipped"]["examples"].items() if "unreadable" in r for e in found]
+    assert sorted(named) == [str(cut), str(other)]
+
+
+def test_a_small_file_of_lines_is_cut_at_the_limit(tmp_path: Path, make_article) -> None:
+    pool = lines(tmp_path / "a.jsonl", [make_article(i) for i in range(60)])
+    meta = build(quick([pool], tmp_path / "out", limit_mb=pool.stat().st_size / 3e6))
+    assert 15 <= meta["tally"]["documents"] <= 25
+
+
+@pytest.mark.parametrize("fault", ["short", "order", "missing"])
+def test_damaged_bounds_of_documents_are_refused(tmp_path: Path, make_article, fault: str) -> None:
+    build(quick([lines(tmp_path / "a.jsonl", [make_article(i) for i in range(9)])], tmp_path / "out"))
+    path = tmp_path / "out" / "train" / "00000.idx"
+    starts = np.fromfile(path, dtype=np.uint64)
+    if fault == "order":
+        starts[2], starts[3] = starts[3], starts[2]
+    (starts[:3] if fault == "short" else starts).tofile(path)
+    if fault == "missing":
+        path.unlink()
+    with pytest.raises(DataError, match=r"00000\.idx: (damaged|missing)"):
+        TokenSet(tmp_path / "out", "train")

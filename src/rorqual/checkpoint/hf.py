@@ -22,6 +22,7 @@ from rorqual.device import format_bytes, require_memory
 from rorqual.errors import CheckpointError
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
+from rorqual.text.tokenizer import SPECIAL_IDS, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -324,11 +325,19 @@ def write_config(config: ModelConfig, work: Path, dtype: torch.dtype, tokenizer_
     tree = dataclasses.replace(config, quantization_config=None).to_hf()
     tree["dtype"] = tree["torch_dtype"] = str(dtype).removeprefix("torch.")
     (work / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    ids = {k: tree[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if tree.get(k) is not None}
-    (work / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if tokenizer_from is not None and (tokenizer_from / name).is_file():
-            shutil.copyfile(tokenizer_from / name, work / name)
+    write_companions(tree, work, tokenizer_from)
+
+
+def write_companions(config: Mapping[str, Any], work: Path, source: Path | None) -> None:
+    """generation_config.json and the tokenizer's files, as the folder `source` has them: a model ends its turns by tokens
+    that often only its generation_config.json lists."""
+    generation = {k: config[k] for k in SPECIAL_IDS if config.get(k) is not None}
+    if source is not None:
+        generation |= read_json(source / "generation_config.json")
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, work / name)
+    (work / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_weights(model: Transformer, work: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:

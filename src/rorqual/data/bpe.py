@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rorqual.errors import DataError
+from rorqual.text.tokenizer import VISIBLE
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-SPECIAL = (BOS, EOS, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
+SPECIAL = (BOS, EOS, "<｜User｜>", "<｜Assistant｜>", *VISIBLE)
 SMALLEST = 256 + len(SPECIAL)
 
 
@@ -33,7 +34,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer.to_str()
+    tree = json.loads(tokenizer.to_str())
+    for token in tree["added_tokens"]:
+        token["special"] = token["content"] not in VISIBLE
+    return json.dumps(tree, ensure_ascii=False)
 
 
 def write_tokenizer(folder: Path, tokenizer_json: str) -> None:

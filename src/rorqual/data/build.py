@@ -25,6 +25,7 @@ from rorqual.data.dedup import Deduplicator
 from rorqual.data.document import Document
 from rorqual.data.finish import COUNTS, EVALUATION, HELDOUT, batches, finish_batch, forget
 from rorqual.data.judge import judge_unit
+from rorqual.data.normalise import normalise
 from rorqual.data.overlap import NgramSet
 from rorqual.data.report import write_report
 from rorqual.data.shards import ShardWriter, describe, id_dtype
@@ -187,6 +188,14 @@ def _tokenizer_json(
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (config.tokenizer / name).is_file():
                 shutil.copyfile(config.tokenizer / name, work / name)
+        # Where its ids stand in files of the model beside it, they come along.
+        ids = {
+            "bos_token_id": given.bos_id,
+            "eos_token_id": list(given.eos_ids),
+            "pad_token_id": given.pad_id,
+        }
+        known = {k: v for k, v in ids.items() if v not in (None, [])}
+        (work / "generation_config.json").write_text(json.dumps(known) + "\n", encoding="utf-8")
         return (work / "tokenizer.json").read_text(encoding="utf-8")
     say(f"training a tokenizer of {config.vocab_size:,} tokens")
     begin = time.perf_counter()
@@ -205,9 +214,24 @@ def _sample(spool: Spool, limit: int) -> Iterator[str]:
 
 
 def _evaluation_texts(config: BuildConfig) -> list[str]:
-    skipped = Skipped()
-    files = find_files(config.evaluation, skipped) if config.evaluation else []
-    return [d.text for u in units(files, None) for d in read_unit(u, skipped, config.text_key)]
+    """The texts that training must not have seen, normalised as the pool is. Raises DataError for a file of them that
+    cannot be read whole: what is not compared would leak unnoticed."""
+    found: list[str] = []
+    for path in find_files(config.evaluation, Skipped()) if config.evaluation else []:
+        skipped = Skipped()
+        docs = [d for u in units([path], None) for d in read_unit(u, skipped, config.text_key)]
+        skipped.counts.pop("empty", None)
+        if skipped.counts or not docs:
+            reason, examples = next(iter(skipped.examples.items()), ("no text", [str(path)]))
+            raise DataError(
+                f"evaluation {path}: {reason} (first: {examples[0]}); mend it, or name its column with text_key, now "
+                f"{config.text_key!r}"
+            )
+        for doc in docs:
+            if config.stages.normalise:
+                normalise(doc)  # its verdict does not matter: what is no good for training is compared too
+            found.append(doc.text)
+    return found
 
 
 def _second_pass(

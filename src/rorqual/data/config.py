@@ -30,7 +30,7 @@ class BuildConfig:
     tokenizer: Path | None = None  # a folder with tokenizer.json, instead of training one
     heldout: float = 0.02  # share of documents kept for evaluation
     evaluation: tuple[str, ...] = ()  # sources whose text must not be in the pool
-    limit_mb: float | None = None  # read at most this much
+    limit_mb: float | None = None  # stop at this size of files; one of lines is cut there, another read whole
     tokenizer_mb: float = 20.0  # text that the tokenizer is trained on
     text_key: str = "text"  # of JSON lines and parquet columns
     max_malformed: float = 0.1  # share of records that may be unreadable before the build stops
@@ -47,5 +47,7 @@ class BuildConfig:
             raise ConfigError(f"limit_mb={self.limit_mb}: must be above 0")
         if not 0 <= self.max_malformed <= 1:
             raise ConfigError(f"max_malformed={self.max_malformed}: must be 0 to 1")
+        if not 0 <= self.seed < 1 << 64:
+            raise ConfigError(f"seed={self.seed}: must be 0 to 2**64 - 1")
         if self.workers < 0:
             raise ConfigError(f"workers={self.workers}: must be 0 (one a core) or more")

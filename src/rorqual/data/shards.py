@@ -101,7 +101,7 @@ class TokenSet:
                 )
             empty = shard["tokens"] == 0
             self._ids.append(np.empty(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r"))
-            self._starts.append(np.fromfile(path.with_suffix(".idx"), dtype=np.uint64))
+            self._starts.append(_starts(path.with_suffix(".idx"), shard))
             if verify and hashlib.sha256(self._ids[-1].tobytes()).hexdigest() != shard["sha256"]:
                 raise DataError(
                     f"{path.resolve()}: checksum differs; the shard is damaged, build the set again"
@@ -120,6 +120,19 @@ class TokenSet:
         starts = self._starts[shard]
         local = number - int(self._first[shard])
         return self._ids[shard][int(starts[local]) : int(starts[local + 1])]
+
+
+def _starts(path: Path, shard: dict[str, Any]) -> NDArray[np.uint64]:
+    """Where each document of a shard begins, and the end of the last. Raises DataError for a damaged file."""
+    if not path.is_file():
+        raise DataError(f"{path.resolve()}: missing; build the set again")
+    starts = np.fromfile(path, dtype=np.uint64)
+    whole = len(starts) == shard["documents"] + 1 and path.stat().st_size == 8 * len(starts)
+    if not whole or starts[0] or starts[-1] != shard["tokens"] or (starts[1:] < starts[:-1]).any():
+        raise DataError(
+            f"{path.resolve()}: damaged (not the bounds of {shard['documents']} documents); build the set again"
+        )
+    return starts
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import glob
 import gzip
 import io
 import json
+import re
 import sysconfig
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,9 @@ TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".html", ".htm", ".text", ".lo
 TABLES = frozenset({".jsonl", ".ndjson", ".parquet"})
 PACKED = frozenset({".gz", ".zst"})
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules", ".git", ".hg", ".venv", "dist-info"})
+LINES = frozenset({".jsonl", ".ndjson", ".txt", ".text", ".log"})  # plain files that can be cut between lines
 UNIT_BYTES = 4_000_000
+_HALF_PAIRS = re.compile("[\ud800-\udfff]")  # JSON can hold what is no character and no UTF-8
 
 
 @dataclass(frozen=True)
@@ -115,12 +119,12 @@ def units(paths: Sequence[Path], limit_bytes: int | None) -> Iterator[Unit]:
     group: list[str] = []
     size = total = 0
     for path in paths:
-        n = path.stat().st_size
+        n = size_of_file = path.stat().st_size
         if limit_bytes is not None and total + n > limit_bytes:
             n = limit_bytes - total
             if n <= 0:
                 break
-        if n > UNIT_BYTES and path.suffix.lower() in (".jsonl", ".ndjson", ".txt", ".text", ".log"):
+        if (n > UNIT_BYTES or n < size_of_file) and path.suffix.lower() in LINES:
             yield from (Unit((str(path),), at, min(at + UNIT_BYTES, n)) for at in range(0, n, UNIT_BYTES))
         else:
             group.append(str(path))
@@ -145,8 +149,8 @@ def read_unit(unit: Unit, skipped: Skipped, text_key: str = "text") -> Iterator[
                 yield from _parquet(path, skipped, text_key)
             else:
                 yield from _plain(path, unit, suffix, skipped)
-        except OSError as e:
-            skipped.add(f"unreadable ({e.strerror or type(e).__name__})", name)
+        except (OSError, EOFError, zlib.error) as e:
+            skipped.add(f"unreadable ({getattr(e, 'strerror', None) or e or type(e).__name__})", name)
 
 
 def _plain(path: Path, unit: Unit, suffix: str, skipped: Skipped) -> Iterator[Document]:
@@ -177,9 +181,10 @@ def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
-        import zstandard
+        import pyarrow
 
-        return io.BufferedReader(zstandard.open(path, "rb"))
+        # zstandard's own reader takes a file that was cut off for one that ended.
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     return path.open("rb")
 
 
@@ -221,4 +226,5 @@ def _from_record(text: Any, origin: str, skipped: Skipped) -> Iterator[Document]
             "empty" if text in ("", None) or isinstance(text, str) else "text is not a string", origin
         )
         return
+    text = _HALF_PAIRS.sub("\ufffd", text)
     yield Document(text, origin, kind_of(text, ""))

@@ -55,13 +55,11 @@ def save(
     with whole_folder(folder) as work:
         write_config(with_scheme(model.config, formats), work)
         write_tensors(work / hf.SINGLE, tensors(model))
-        if tokenizer_from is not None and tokenizer_from.suffix == ".gguf":
+        from_gguf = tokenizer_from is not None and tokenizer_from.suffix == ".gguf"
+        hf.write_companions(model.config.to_hf(), work, None if from_gguf else tokenizer_from)
+        if tokenizer_from is not None and from_gguf:
             for name, text in gguf.tokenizer_files(gguf.GGUF(tokenizer_from)).items():
                 (work / name).write_text(text, encoding="utf-8")
-            return
-        for name in hf.TOKENIZER_FILES:
-            if tokenizer_from is not None and (tokenizer_from / name).is_file():
-                (work / name).write_bytes((tokenizer_from / name).read_bytes())
 
 
 def write_config(config: ModelConfig, folder: Path) -> None:

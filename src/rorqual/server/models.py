@@ -28,6 +28,8 @@ class ServedTokenizer(Protocol):
     def eos_ids(self) -> Sequence[int]: ...
     @property
     def special_ids(self) -> Iterable[int]: ...
+    @property
+    def marker_ids(self) -> Iterable[int]: ...
     def encode(self, text: str, add_bos: bool | None = ..., special: bool = ...) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special: bool = ...) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -77,8 +79,8 @@ class Served:
 
     @cached_property
     def special_texts(self) -> list[str]:
-        """How the special tokens are spelt."""
-        return [self.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in self.tokenizer.special_ids]
+        """How the tokens are spelt that only the template may write."""
+        return [self.tokenizer.token_bytes(i).decode("utf-8", "replace") for i in self.tokenizer.marker_ids]
 
     async def vocabulary(self) -> Vocabulary:
         """The tokens as grammars need them."""

@@ -92,6 +92,11 @@ class ByteTokenizer:
         """Tokens that are no text."""
         return (BOS, EOS)
 
+    @property
+    def marker_ids(self) -> tuple[int, ...]:
+        """Those of them that only a template writes."""
+        return self.special_ids
+
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
         """UTF-8 bytes; with `special`, `<bos>`, `<eos>` and pieces of that form are one token each. One
         `<bos>` first unless unwanted.

@@ -74,8 +74,10 @@ class ChatTemplate:
     def load(cls, folder: str | Path) -> ChatTemplate | None:
         """The template of a model folder: chat_template.jinja, or chat_template in tokenizer_config.json (its
         default, where several are named). None where the folder has none."""
+        from rorqual.text.tokenizer import read_json
+
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         tokens = {k: _content(v) for k, v in config.items() if k.endswith("_token") and _content(v)}
         path = folder / "chat_template.jinja"
         if path.is_file():
@@ -161,9 +163,3 @@ def _content(token: Any) -> str:
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    from rorqual.text.tokenizer import _read_json as read
-
-    return read(path)

@@ -7,6 +7,7 @@ A folder's special ids come from tokenizer_config.json, generation_config.json a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,10 @@ from rorqual.errors import TokenizerError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Pipeline
 
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# What a thought stands between is text that people see and that prompts quote, whatever a tokenizer.json says.
+VISIBLE = ("<think>", "</think>")
+_TURN = re.compile(r"<[|｜][^<>]*[|｜]>")
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
 
 
@@ -35,8 +40,11 @@ class Tokenizer:
         self.add_bos = add_bos  # whether plain text starts with BOS when nobody says otherwise
         self.vocab_size = pipeline.get_vocab_size(with_added_tokens=True)
         added = pipeline.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self._added = {i: token.content for i, token in added.items()}
+        self.special_ids = frozenset(i for i, t in added.items() if t.special and t.content not in VISIBLE)
+        # Files of R1's distillations do not call <｜User｜> special, but it begins a turn all the same.
+        turns = (i for i, text in self._added.items() if _TURN.fullmatch(text))
+        self.marker_ids = self.special_ids | frozenset(turns)
         self._byte_level = "ByteLevel" in str(_part(pipeline, "decoder"))
         if self._byte_level:
             # Some configs tidy spaces when they decode; text must come back as it went in.
@@ -55,7 +63,7 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as e:
             raise TokenizerError(f"{path.resolve()}: cannot be read ({e})") from e
         return cls.from_json(
-            text, _read_json(folder / "tokenizer_config.json"), _special_ids(folder), str(path.resolve())
+            text, read_json(folder / "tokenizer_config.json"), _special_ids(folder), str(path.resolve())
         )
 
     @classmethod
@@ -159,7 +167,7 @@ class Tokenizer:
 
         if not hasattr(self, "_plain"):
             tree = json.loads(self._pipeline.to_str())
-            tree["added_tokens"] = [t for t in tree["added_tokens"] if not t["special"]]
+            tree["added_tokens"] = [t for t in tree["added_tokens"] if t["id"] not in self.marker_ids]
             self._plain = Pipeline.from_str(json.dumps(tree))
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
@@ -271,18 +279,12 @@ def _part(pipeline: Pipeline, name: str) -> Any:
 def _special_ids(folder: Path) -> dict[str, Any]:
     ids: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
-        found = _read_json(folder / name)
-        ids.update(
-            {
-                k: v
-                for k, v in found.items()
-                if k in ("bos_token_id", "eos_token_id", "pad_token_id") and v is not None
-            }
-        )
+        found = read_json(folder / name)
+        ids |= {k: found[k] for k in SPECIAL_IDS if found.get(k) is not None}
     return ids
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; {} where there is no file. Raises TokenizerError where it is damaged."""
     if not path.is_file():
         return {}
