@@ -121,6 +121,22 @@ def test_a_long_conversation_fits_the_budget() -> None:
     assert len(ChatTemplate.built_in("chatml").render(turns)) > 2_000_000
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].since | tojson }}",
+        "{{ messages[0].since | string }}",
+        "{{ messages[0].missing | default(messages[0].since) }}",
+        "{% macro show(v) %}{{ v }}{% endmacro %}{{ show(messages[0].since) }}",
+        "{% set ns = namespace(v=messages[0].since) %}{{ ns.v }}",
+        "{{ messages[0].get('missing', messages[0].since) }}",
+    ],
+)
+def test_a_large_number_in_a_conversation_is_only_a_value(source: str) -> None:
+    messages = [{"role": "user", "content": "x", "since": 1732579200}]
+    assert ChatTemplate(source).render(messages) == "1732579200"
+
+
 def test_the_callers_messages_are_never_changed() -> None:
     messages = [{"role": "user", "content": "hi", "tool_calls": [{"a": 1}]}]
     before = json.dumps(messages)

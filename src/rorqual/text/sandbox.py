@@ -21,7 +21,9 @@ from jinja2 import nodes, pass_context
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.filters import make_attrgetter
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_TURNS = 200_000  # of all loops and calls of one rendering; 1,000 messages take a few thousand
@@ -131,8 +133,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
         budget.turn()
-        _check_numbers((*args, *kwargs.values()))
-        if isinstance(getattr(obj, "__self__", None), str):
+        owner = getattr(obj, "__self__", None)
+        # A macro, a look-up in a list or an object, a namespace: a number makes nothing there, and may be a client's.
+        harmless = isinstance(obj, Macro) or isinstance(owner, (list, dict)) or obj is dict or obj is Namespace
+        if not harmless:
+            _check_numbers((*args, *kwargs.values()))
+        if isinstance(owner, str):
             _check_text_method(obj, args)
         return budget.make(super().call(context, obj, *args, **kwargs))
 
@@ -145,11 +151,10 @@ def environment() -> Sandbox:
     refused = (
         "pprint", "center", "format", "urlize", "random", "filesizeformat", "xmlattr", "batch", "wordwrap",
     )  # fmt: skip
-    env.filters = {name: _charged(filter_) for name, filter_ in env.filters.items()}
+    own = {"join": _join, "replace": _replace, "indent": _indent, "tojson": _tojson}
+    env.filters = {name: _charged(name, filter_) for name, filter_ in (env.filters | own).items()}
     env.filters |= {name: _refuse(name) for name in refused}
-    env.filters |= {"join": _charged(_join), "replace": _charged(_replace), "indent": _charged(_indent)}
-    env.filters |= {"tojson": _charged(_tojson), "_counted": _counted, "_emitted": _emitted}
-    env.filters["_made"] = _made
+    env.filters |= {"_counted": _counted, "_emitted": _emitted, "_made": _made}
     env.globals["raise_exception"] = _raise_exception
     env.globals["strftime_now"] = _strftime_now
     return env
@@ -203,12 +208,14 @@ def _made(context: Any, value: Any) -> Any:
     return _budget.get().make(value)
 
 
-def _charged(filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose numbers are bounded and whose result is charged."""
+def _charged(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose numbers are bounded, but for the value that it is put to, and whose result is charged."""
+    first = 2 if hasattr(filter_, "jinja_pass_arg") else 1
 
     @functools.wraps(filter_)  # also carries jinja2's mark of what the filter wants passed
     def charged(*args: Any, **kwargs: Any) -> Any:
-        _check_numbers((*args, *kwargs.values()))
+        if name not in ("default", "d"):
+            _check_numbers((*args[first:], *kwargs.values()))
         return _budget.get().make(filter_(*args, **kwargs))
 
     return charged
