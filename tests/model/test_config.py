@@ -15,6 +15,16 @@ def test_to_hf_reads_back_equal(name: str) -> None:
     assert ModelConfig.from_hf(config.to_hf()) == config
 
 
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_the_temperature_of_a_stretched_context_is_written(kind: str) -> None:
+    rope = {"rope_type": kind, "factor": 4.0, "rope_theta": 500.0, "mscale_all_dim": 1.0}
+    if kind == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+    config = ModelConfig.from_hf(PUBLISHED["deepseek-v3"] | {"rope_parameters": rope, "rope_scaling": None})
+    assert config.rope.mscale_all_dim == 1.0
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
 def test_extensions_read_back_equal_and_need_our_architecture(make_config) -> None:
     extra = {
         "logit_softcap": 15.0,

@@ -152,11 +152,12 @@ def test_sharded_exports_load_in_both(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(p.numel() for p in again.state_dict().values()) * 4
 
 
-def test_a_trained_preset_is_a_deepseek_v3_for_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_a_trained_preset_is_a_deepseek_v3_for_transformers(tmp_path: Path, chosen: int) -> None:
     from rorqual.model.transformer import Transformer
     from rorqual.train.config import Shape
 
-    config = Shape(depth=2, experts=4, experts_per_token=2).model(100, 64, 0, 1)
+    config = Shape(depth=2, experts=4, experts_per_token=chosen).model(100, 64, 0, 1)
     model = Transformer(config).init_weights(0).eval()
     hf.save_model(model, tmp_path / "m")
     again, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)

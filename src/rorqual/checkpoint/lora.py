@@ -24,6 +24,12 @@ TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
     "gate_proj", "up_proj", "down_proj",
 )
+# Keys of an adapter_config.json that change no number that we compute; any other that is set is refused.
+HARMLESS = frozenset({
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "target_modules", "use_rslora", "bias",
+    "init_lora_weights", "lora_dropout", "inference_mode", "auto_mapping", "revision", "peft_version", "layers_pattern",
+    "loftq_config", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config", "runtime_config",
+})
 # fmt: on
 
 
@@ -121,23 +127,22 @@ def save_adapter(model: Transformer, folder: Path, lora: Lora, base: str) -> Non
 
 
 def load_adapter(model: Transformer, folder: Path) -> Transformer:
-    """Put saved adapters beside a model's weights, in place. Raises CheckpointError where they do not fit it."""
-    path = folder / "adapter_config.json"
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        lora = Lora(int(tree["r"]), float(tree["lora_alpha"]), tuple(tree["target_modules"]))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(
-            f"{path.resolve()}: not an adapter that can be read ({type(e).__name__}: {e})"
-        ) from e
-    file = TensorFile(folder / "adapter_model.safetensors")
+    """Put saved adapters beside a model's weights, in place. MTP modules, which other programs do not know, may have
+    none. Raises CheckpointError for adapters that do not fit the model and for options that we do not compute."""
+    lora = _read_config(folder / "adapter_config.json")
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path.resolve()}: missing; save the adapter as safetensors")
+    file = TensorFile(path)
     add_lora(model, lora, seed=0)
     wanted: dict[str, Tensor] = {}
     for name, layer in _adapters(model):
         published = "base_model.model." + published_name(model.config, f"{name}.weight").removesuffix(
             ".weight"
         )
-        wanted |= {f"{published}.lora_A.weight": layer.lora_a, f"{published}.lora_B.weight": layer.lora_b}
+        both = {f"{published}.lora_A.weight": layer.lora_a, f"{published}.lora_B.weight": layer.lora_b}
+        if not name.startswith("mtp.") or both.keys() & file.entries.keys():
+            wanted |= both
     wrong = sorted(set(wanted) ^ set(file.entries))
     wrong += [n for n, t in wanted.items() if n in file.entries and file.entries[n].shape != tuple(t.shape)]
     if wrong:
@@ -147,6 +152,38 @@ def load_adapter(model: Transformer, folder: Path) -> Transformer:
     for name, tensor in wanted.items():
         file.read_into(name, tensor.data)
     return model
+
+
+def _read_config(path: Path) -> Lora:
+    """An adapter_config.json of PEFT. Raises CheckpointError for what is not one, and for keys that change the maths."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha, targets = int(tree["r"]), float(tree["lora_alpha"]), tree["target_modules"]
+        if isinstance(targets, str) and targets != "all-linear":
+            raise ValueError(f"target_modules={targets!r}: must be a list of names")
+        # Scaled by alpha / sqrt(rank) there (arXiv 2312.03732).
+        lora = Lora(
+            rank,
+            alpha * math.sqrt(rank) if tree.get("use_rslora") else alpha,
+            TARGETS if targets == "all-linear" else tuple(targets),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(
+            f"{path.resolve()}: not an adapter that can be read ({type(e).__name__}: {e})"
+        ) from e
+    unknown = {k: v for k, v in tree.items() if v and k not in HARMLESS}
+    if tree.get("peft_type", "LORA") != "LORA":
+        unknown["peft_type"] = tree["peft_type"]
+    if tree.get("bias", "none") != "none":
+        unknown["bias"] = tree["bias"]
+    if tree.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        unknown["init_lora_weights"] = tree["init_lora_weights"]  # those that change the base's weights too
+    if unknown:
+        key, value = next(iter(unknown.items()))
+        raise CheckpointError(
+            f"{path.resolve()}: {key}={value!r}: not computed here; merge the adapter into its model where it was made"
+        )
+    return lora
 
 
 def _adapters(model: Transformer) -> list[tuple[str, LoraLinear]]:

@@ -241,19 +241,18 @@ def write(c: ModelConfig) -> dict[str, Any]:
             value = getattr(c, f.name)
             tree[f.name] = list(value) if isinstance(value, tuple) else value
     tree["hidden_act"] = "silu"
+    if c.num_experts_per_tok == 1 and "norm_topk_prob" in tree:
+        tree["norm_topk_prob"] = (
+            False  # DeepSeek's code leaves the weight of an only expert alone, transformers makes it 1
+        )
     rope = {k: v for k, v in dataclasses.asdict(c.rope).items() if v is not None}
+    scaled = {"rope_theta", "rope_type", "factor", "mscale", "mscale_all_dim"}
+    bounds = {"low_freq_factor", "high_freq_factor"}
     keep = {
         "default": {"rope_theta", "rope_type"},
-        "linear": {"rope_theta", "rope_type", "factor"},
-        "llama3": {
-            "rope_theta",
-            "rope_type",
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        },
-        "yarn": set(rope) - {"low_freq_factor", "high_freq_factor"},
+        "linear": scaled,
+        "llama3": scaled | bounds | {"original_max_position_embeddings"},
+        "yarn": set(rope) - bounds,
     }[c.rope.rope_type]
     tree["rope_parameters"] = {k: v for k, v in rope.items() if k in keep}
     tree["rope_theta"] = c.rope.rope_theta  # programs older than transformers 5 read it here

@@ -135,7 +135,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         budget.turn()
         owner = getattr(obj, "__self__", None)
         # A macro, a look-up in a list or an object, a namespace: a number makes nothing there, and may be a client's.
-        harmless = isinstance(obj, Macro) or isinstance(owner, (list, dict)) or obj is dict or obj is Namespace
+        harmless = (
+            isinstance(obj, Macro) or isinstance(owner, (list, dict)) or obj is dict or obj is Namespace
+        )
         if not harmless:
             _check_numbers((*args, *kwargs.values()))
         if isinstance(owner, str):

@@ -165,7 +165,7 @@ class Shape:
             "num_experts_per_tok": self.experts_per_token,
             "moe_intermediate_size": _rounded(self.dense_width / (self.experts_per_token + 1), 8),
             "first_k_dense_replace": 1,
-            "norm_topk_prob": True,
+            "norm_topk_prob": self.experts_per_token > 1,  # the weight of an only expert would always be 1
         }
         if self.balance == "bias":
             router: dict[str, Any] = {
