@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 from rorqual.cli import main
+from rorqual.data.bpe import train_bpe, write_tokenizer
 from rorqual.errors import ConfigError, DataError, SandboxError
 from rorqual.eval import bits, compare
 from rorqual.eval.config import EvalConfig, parse_task
 from rorqual.eval.families import count, suite
 from rorqual.eval.humaneval import HumanEval
+from rorqual.text.tokenizer import Tokenizer
 from rorqual.verify.outcome import RIGHT, Verdict, grader_failed, wrong
 
 
@@ -38,6 +41,42 @@ def test_an_even_guess_costs_the_logarithm_of_the_vocabulary() -> None:
     assert (tokens, first_lost) == (29, True)
     assert nats / tokens / math.log(2) == pytest.approx(5)
     assert bits.score(Even(), list(range(1, 30)), 8, 0)[1:] == (29, False)  # type: ignore[arg-type]
+
+
+class Coin:
+    """A model that gives every token the same chance, so that bits per byte are a matter of counting."""
+
+    class config:
+        max_position_embeddings = 64
+        vocab_size = 300
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = Tokenizer.load(folder)
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, ids.shape[1], self.config.vocab_size)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_every_byte_of_a_text_counts_once(token_set: Path, tmp_path: Path, bos: bool) -> None:
+    """A BOS is no byte of the text; without one, the first token of each piece is predicted by nothing."""
+    coin: Any = Coin(token_set)
+    coin.tokenizer.add_bos = bos
+    (tmp_path / "text").write_text("ü" * 640, encoding="utf-8")
+    row = bits.of_file(coin, tmp_path / "text", 32)
+    first = len(coin.tokenizer.token_bytes(coin.tokenizer.encode("ü" * 20, add_bos=False)[0]))
+    assert row["bytes"] == 1280 - (0 if bos else bits.PIECES * first)
+    assert row["fingerprint"] != bits.of_file(coin, tmp_path / "text", 64)["fingerprint"]
+
+
+def test_a_set_of_another_tokenizer_is_refused(token_set: Path, tmp_path: Path) -> None:
+    coin: Any = Coin(token_set)
+    row = bits.of_data(coin, token_set, 32)
+    assert row["fingerprint"] != bits.of_data(coin, token_set, 64)["fingerprint"]
+    other = shutil.copytree(token_set, tmp_path / "other")
+    write_tokenizer(other, train_bpe(["qx" * 50, "zj" * 50], 300))
+    with pytest.raises(DataError, match=r"made by another tokenizer \(id \d+ is b"):
+        bits.of_data(coin, other, 32)
 
 
 def test_counts_leave_out_what_the_grader_could_not_judge() -> None:

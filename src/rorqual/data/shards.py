@@ -91,6 +91,10 @@ class TokenSet:
         self.vocab_size = int(meta["vocab_size"])
         dtype = np.dtype(meta["dtype"])
         self.bytes = sum(s["bytes"] for s in meta["splits"][split])
+        sums = " ".join(s["sha256"] for s in meta["splits"][split])
+        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()[
+            :16
+        ]  # of the ids, whatever the folder's name
         self._ids: list[NDArray[Any]] = []
         self._starts: list[NDArray[np.uint64]] = []
         for shard in meta["splits"][split]:

@@ -12,6 +12,7 @@ from typing import Any
 from rorqual.checkpoint.loaded import Model
 from rorqual.data.shards import TokenSet
 from rorqual.errors import DataError, TokenizerError
+from rorqual.text.tokenizer import Tokenizer
 
 PIECES = 32  # a text's windows are summed into so many pieces, which a comparison pairs
 
@@ -34,16 +35,17 @@ def of_file(model: Model, path: Path, window: int) -> dict[str, Any]:
     for piece in pieces:
         ids = tokenizer.encode(piece, special=False)
         nats, _, first = score(model, ids, window, _start(model))
-        lost = len(tokenizer.token_bytes(ids[0])) if first else 0  # a first token that nothing predicts
+        # A first token of the text that nothing predicts; a BOS is no part of it.
+        lost = len(tokenizer.token_bytes(ids[0])) if first and ids[0] not in tokenizer.special_ids else 0
         bits.append(nats / math.log(2))
         counts.append(len(piece.encode()) - lost)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return _result(str(path), digest, bits, counts)
+    return _result(str(path), f"{digest} window {window}", bits, counts)
 
 
 def of_data(model: Model, folder: Path, window: int, limit: int = 2_000_000) -> dict[str, Any]:
     """The held-out split of a built folder, up to `limit` tokens. Raises DataError where it is for another
-    vocabulary."""
+    tokenizer."""
     tokens = TokenSet(folder, "heldout")
     if tokens.vocab_size > model.config.vocab_size:
         raise DataError(
@@ -51,6 +53,7 @@ def of_data(model: Model, folder: Path, window: int, limit: int = 2_000_000) -> 
             f"{model.config.vocab_size}; evaluate on a text file instead (--text)"
         )
     tokenizer = _tokenizer(model)
+    _check_tokens(tokenizer, folder, tokens.vocab_size)
     bits, counts, seen = [0.0] * PIECES, [0] * PIECES, 0
     for number in range(len(tokens)):
         ids = [int(i) for i in tokens.document(number)]
@@ -63,7 +66,7 @@ def of_data(model: Model, folder: Path, window: int, limit: int = 2_000_000) -> 
         counts[number % PIECES] += sum(
             len(tokenizer.token_bytes(i)) for i in scored if i not in tokenizer.special_ids
         )
-    return _result(str(folder), f"{folder.name} {tokens.tokens} {seen}", bits, counts)
+    return _result(str(folder), f"{tokens.fingerprint} {seen} window {window}", bits, counts)
 
 
 def score(model: Model, ids: Sequence[int], window: int, start: int | None) -> tuple[float, int, bool]:
@@ -98,10 +101,24 @@ def _start(model: Model) -> int | None:
     return ids[0] if ids else None
 
 
-def _tokenizer(model: Model) -> Any:
+def _tokenizer(model: Model) -> Tokenizer:
     if model.tokenizer is None:
         raise TokenizerError("bits per byte: the model has no tokenizer.json")
     return model.tokenizer
+
+
+def _check_tokens(tokenizer: Tokenizer, folder: Path, vocab_size: int) -> None:
+    """That the ids of a built folder stand for the same bytes here."""
+    if not (folder / "tokenizer.json").is_file():
+        return
+    own = Tokenizer.load(folder)
+    for i in range(vocab_size):
+        there, here = own.token_bytes(i), tokenizer.token_bytes(i)
+        if there != here:
+            raise DataError(
+                f"data {folder.resolve()}: made by another tokenizer (id {i} is {there!r} there, {here!r} in the model); "
+                "evaluate on a text file instead (--text)"
+            )
 
 
 def _result(name: str, fingerprint: str, bits: list[float], counts: list[int]) -> dict[str, Any]:
