@@ -68,6 +68,22 @@ def test_row_60_whole(live, path):
     assert counted == {"input_tokens": prompt}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"thinking": {"type": "disabled"}},
+        {"tools": [WEATHER], "tool_choice": {"type": "none"}},
+        {"tools": [WEATHER, {"name": "time"}], "tool_choice": {"type": "tool", "name": "time"}},
+    ],
+)
+def test_what_is_counted_is_what_would_be_sent(live, fields):
+    """Tools that are not on offer are no part of the prompt, nor a thought that is switched off."""
+    body = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}], **fields}
+    used = ask(live, "hi", **fields).json()["usage"]
+    counted = live.client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    assert counted == used["input_tokens"] + used["cache_read_input_tokens"]
+
+
 def test_row_60_event_order(live):
     """message_start, blocks opened, grown and closed one after the other, message_delta, message_stop."""
     seen = events(live, "weather in Rome", tools=[WEATHER])

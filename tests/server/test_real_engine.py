@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import jsonschema
 import pytest
 import torch
 
 from rorqual.checkpoint import hf
-from rorqual.data.bpe import train_bpe, write_tokenizer
+from rorqual.data.bpe import BOS, EOS, train_bpe, write_tokenizer
 from rorqual.engine.config import EngineConfig
 from rorqual.model.attend import Causal
 from rorqual.model.transformer import Transformer
 from rorqual.server.loading import load_served
-from rorqual.text.tokenizer import Tokenizer
+from rorqual.text.template import ChatTemplate
+from rorqual.text.tokenizer import VISIBLE, Tokenizer
 from rorqual.train.config import Shape
 
 CONTEXT = 1024
@@ -160,6 +162,52 @@ def test_row_46_a_forced_call_on_random_weights(live):
         assert choice["finish_reason"] == "tool_calls", choice
         for call in choice["message"]["tool_calls"]:
             jsonschema.validate(json.loads(call["function"]["arguments"]), parameters)
+
+
+@pytest.fixture(scope="module")
+def thinker(live):
+    """The same model with DeepSeek-V3's template: its thoughts stand between tokens of our own tokenizer."""
+    tokens = {"bos_token": BOS, "eos_token": EOS}
+    template = ChatTemplate.built_in("deepseek-v3", tokens)
+    live.service.models.add(replace(live.service.models.find("tiny"), name="thinker", template=template))
+    return live
+
+
+def test_a_thought_ends_at_its_own_token(thinker):
+    """After the budget comes the token itself, and what follows is the answer: text, JSON or a call."""
+    fields = {
+        "model": "thinker",
+        "thinking": {"type": "enabled", "budget_tokens": 5},
+        "max_tokens": 150,
+        "seed": 1,
+    }
+    message = ask(thinker, **fields)["choices"][0]["message"]
+    assert message["reasoning_content"]
+    assert message["content"]
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "a", "schema": {**schema, "additionalProperties": False}},
+    }
+    assert type(json.loads(text(ask(thinker, response_format=form, **fields)))["a"]) is bool
+    function = {"name": "f", "parameters": {"type": "object", "additionalProperties": False}}
+    tools = [{"type": "function", "function": function}]
+    choice = ask(thinker, tools=tools, tool_choice="required", **fields)["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "f"
+    assert choice["message"]["reasoning_content"]
+
+
+def test_an_earlier_thought_stands_between_its_tokens(thinker):
+    """Where tools are in play: by the server's own tags, as the template knows no `reasoning_content`."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "y"},
+    ]
+    ids = thinker.client.post("/tokenize", json={"model": "tiny", "messages": said}).json()["tokens"]
+    tokenizer = thinker.service.models.find("tiny").tokenizer
+    assert [tokenizer.decode([i]) for i in ids if i in map(tokenizer.token_id, VISIBLE)] == list(VISIBLE)
 
 
 def test_row_14_stop_strings(live):

@@ -48,6 +48,20 @@ def test_whether_a_prompt_opens_the_thought():
     assert not opened_by("hi")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "prefix", "opened"),
+    [
+        ("<|assistant|>", "<think>\nhm", True),
+        ("<|assistant|><think>\n", "hm", True),
+        ("<|assistant|><think>\n", "hm</think>so", False),
+        ("<|assistant|>", "The tag <think>", False),
+    ],
+)
+def test_whether_a_begun_answer_opens_the_thought(prompt, prefix, opened):
+    """The template's tag, or one at its very beginning, until it is closed."""
+    assert opened_by(prompt, prefix) is opened
+
+
 @pytest.fixture(scope="module")
 def live(start):
     answers = (
@@ -55,7 +69,7 @@ def live(start):
         ScriptedAnswer(match="one step", pieces=("why", "</think>Hi", " there")),
         ScriptedAnswer(text="because ü\n</think>\n\nHello!"),
     )
-    return start(*answers, script={"thinks": True, "max_model_len": 512})
+    return start(*answers, script={"thinks": True, "max_model_len": 1024})
 
 
 def test_row_50_thought_apart_and_counted(live):
@@ -134,3 +148,29 @@ def test_logprobs_of_thought_and_answer(live):
     assert "".join(e["token"] for e in logprobs["content"]) == "Hello!"
     thought = bytes(b for e in logprobs["reasoning_content"] for b in e["bytes"]).decode()
     assert thought == "because ü"
+
+
+@pytest.mark.parametrize("tag", ["<think>", "</think>"])
+@pytest.mark.parametrize("thinking", ["enabled", "disabled"])
+def test_a_message_that_quotes_a_tag_opens_and_closes_nothing(live, tag, thinking):
+    """Neither in what the user says nor in a tool's description."""
+    function = {"name": "f", "description": f"writes {tag}"}
+    for fields in ({}, {"tools": [{"type": "function", "function": function}]}):
+        message = live.chat(f"What does {tag} mean?", thinking={"type": thinking}, **fields).json()[
+            "choices"
+        ][0]["message"]
+        if thinking == "enabled":
+            assert (message["content"], message["reasoning_content"]) == ("Hello!", "because ü")
+        else:
+            assert message["content"] == "because ü\n</think>\n\nHello!"
+            assert "reasoning_content" not in message
+
+
+def test_a_thought_that_the_client_has_begun_goes_on(live):
+    """A prefix that opens it, as one writes who continues a thought."""
+    said = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "<think>First,", "prefix": True},
+    ]
+    message = live.chat(messages=said).json()["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("Hello!", "because ü")

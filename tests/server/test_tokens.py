@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 
@@ -48,3 +50,43 @@ def test_wrong_bodies(live, path, body, param):
     answer = live.client.post(path, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == param
+
+
+QUESTIONS = [{"type": "predicate", "instructions": f"Is it {i}?"} for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "blue"}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "blue"}]}),
+        ("/detokenize", {"tokens": [97]}),
+        (
+            "/v1/messages/count_tokens",
+            {"model": "scripted", "messages": [{"role": "user", "content": "blue"}]},
+        ),
+        ("/v1/decisions", {"model": "scripted", "input": "blue", "questions": QUESTIONS}),
+        ("/v1/chat/completions", {"model": "scripted", "messages": [{"role": "user", "content": "blue"}]}),
+    ],
+)
+def test_a_long_text_holds_up_nobody(live, monkeypatch, path, body):
+    """Nothing is read on the thread of the event loop, and what questions share only once."""
+    model = live.service.models.find("scripted")
+    loop_thread, read = [], []
+    live.loop_call(lambda: loop_thread.append(threading.get_ident()))
+
+    def watched(work):
+        def wrapper(value, *args, **kwargs):
+            read.append((threading.get_ident(), value))
+            return work(value, *args, **kwargs)
+
+        return wrapper
+
+    monkeypatch.setattr(model.template, "render", watched(model.template.render))
+    monkeypatch.setattr(model.tokenizer, "encode", watched(model.tokenizer.encode))
+    if path == "/detokenize":  # else the scripted engine's own
+        monkeypatch.setattr(model.tokenizer, "decode", watched(model.tokenizer.decode))
+    assert live.client.post(path, json=body).status_code == 200
+    assert read
+    assert loop_thread[0] not in [thread for thread, _ in read]
+    assert sum("blue" in value for _, value in read if isinstance(value, str)) <= 1

@@ -51,13 +51,10 @@ def check_stream_options(request: Any) -> None:
 
 async def chat_turn(request: ChatRequest, model: Served, caller: Caller) -> Turn:
     """What to generate for a chat request: prompt, sampling, structure and how to read the output."""
-    tools = _offered(request)
-    thinking = _thinking(request)
-    # On a thread: a long conversation takes longer to read than other streams should wait.
-    prompt = await asyncio.to_thread(render, model, request.messages, tools, thinking=thinking)
+    tools, prompt = await read_prompt(request, model)
     max_tokens = completion_limit(request)
     check_room(model, prompt.ids, max_tokens, "messages")
-    structure = _structure(request, model, tools, prompt, thinking)
+    structure = await asyncio.to_thread(_structure, request, model, tools, prompt)
     params = sampling_params(request, model, max_tokens=max_tokens, logprobs=_logprobs(request))
     form, _ = model.tool_format
     named = isinstance(request.tool_choice, NamedTool)
@@ -76,6 +73,13 @@ async def chat_turn(request: ChatRequest, model: Served, caller: Caller) -> Turn
         await mask_maker(model, structure),
         caller.cache_salt(request.user_id),
     )
+
+
+async def read_prompt(request: ChatRequest, model: Served) -> tuple[list[ToolSpec], Prompt]:
+    """The tools on offer and the prompt, read on a thread: a long conversation takes longer than other streams should
+    wait."""
+    tools = _offered(request)
+    return tools, await asyncio.to_thread(render, model, request.messages, tools, thinking=_thinking(request))
 
 
 def completion_limit(request: ChatRequest) -> int:
@@ -117,9 +121,7 @@ def _thinking(request: ChatRequest) -> bool | None:
     return choice if isinstance(choice, bool) else None
 
 
-def _structure(
-    request: ChatRequest, model: Served, tools: Sequence[ToolSpec], prompt: Prompt, thinking: bool | None
-) -> Structure:
+def _structure(request: ChatRequest, model: Served, tools: Sequence[ToolSpec], prompt: Prompt) -> Structure:
     grammar = response_grammar(request.response_format)
     choice = request.tool_choice
     must_call = isinstance(choice, NamedTool) or (choice == "required" and bool(tools))
@@ -135,17 +137,18 @@ def _structure(
         many_calls=request.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
         must_call=must_call,
         budget=budget,
-        thinks=prompt.thought_opened or (model.thinks and _will_think(request, model, prompt, thinking)),
+        thinks=prompt.thought_opened or (model.thinks and _will_think(request, model, tools, prompt)),
         opened=prompt.thought_opened,
     )
 
 
-def _will_think(request: ChatRequest, model: Served, prompt: Prompt, thinking: bool | None) -> bool:
+def _will_think(request: ChatRequest, model: Served, tools: Sequence[ToolSpec], prompt: Prompt) -> bool:
     """Whether a model whose prompt did not open the thought will open one: when told to; and, when not told
     anything, if its template writes something else to keep it from thinking."""
+    thinking = _thinking(request)
     if thinking is not None:
         return thinking
-    return render(model, request.messages, specs(request.tools), thinking=False).text != prompt.text
+    return render(model, request.messages, tools, thinking=False).text != prompt.text
 
 
 def _logprobs(request: ChatRequest) -> int | None:

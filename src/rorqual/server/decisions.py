@@ -7,9 +7,10 @@ question are then normalised against each other. A predicate is the choice betwe
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from rorqual.engine.request import SamplingParams
 from rorqual.server.caller import Caller
 from rorqual.server.faults import invalid
 from rorqual.server.models import Served
-from rorqual.server.prompt import check_messages, render
+from rorqual.server.prompt import check_messages, render_each
 from rorqual.server.protocol import Message, decode
 from rorqual.server.reply import Generated, Reply
 from rorqual.server.responses_input import ResponsesRequest, to_chat
@@ -71,14 +72,8 @@ async def decisions(caller: Caller, body: bytes) -> Reply:
     asked = [_options(q, f"questions[{i}]") for i, q in enumerate(request.questions)]
     if sum(len(a.options) for a in asked) > _MAX_OPTIONS:
         raise invalid(f"questions: more than {_MAX_OPTIONS} options in all", "questions")
-    prompts: list[list[int]] = []
-    starts: list[int] = []
-    for a in asked:
-        head = _prompt(model, request, a)
-        for option in a.options:
-            prompts.append(head + model.tokenizer.encode(option, add_bos=False))
-            starts.append(len(head))
-            check_room(model, prompts[-1], 0, "input")
+    # On a thread: a long input takes longer to read than other streams should wait.
+    prompts, starts = await asyncio.to_thread(_prompts, model, request, asked)
     params = SamplingParams(max_tokens=0, prompt_logprobs=0)
     run = Run(Turn(model, prompts, params, cache_salt=caller.cache_salt(None)), caller)
 
@@ -107,19 +102,39 @@ def _options(question: Question, where: str) -> _Asked:
     return _Asked(question, texts, [e.description for e in entries], values)
 
 
-def _prompt(model: Served, request: DecisionsRequest, asked: _Asked) -> list[int]:
-    """The input, the question and its options; the answer would follow."""
+def _prompts(
+    model: Served, request: DecisionsRequest, asked: Sequence[_Asked]
+) -> tuple[list[list[int]], list[int]]:
+    """A prompt for each option of each question, and where in it the option begins."""
+    prompts: list[list[int]] = []
+    starts: list[int] = []
+    for a, head in zip(asked, _heads(model, _input(request), [_text(a) for a in asked]), strict=True):
+        for option in a.options:
+            prompts.append(head + model.tokenizer.encode(option, add_bos=False))
+            starts.append(len(head))
+            check_room(model, prompts[-1], 0, "input")
+    return prompts, starts
+
+
+def _heads(model: Served, conversation: list[Message], texts: list[str]) -> Iterator[list[int]]:
+    """The input and one of the questions; the answer would follow."""
+    if model.template is not None:
+        yield from render_each(model, conversation, [Message("user", t) for t in texts], thinking=False)
+        return
+    said = "\n\n".join(message.text() for message in conversation)
+    shared = model.tokenizer.encode(f"{said}\n\n")
+    for text in texts:
+        yield shared + model.tokenizer.encode(f"{text}\nAnswer: ", add_bos=False)
+
+
+def _text(asked: _Asked) -> str:
+    """A question and its options."""
     question = asked.question
     lines = [
         f"- {o}: {note}" if note else f"- {o}" for o, note in zip(asked.options, asked.notes, strict=True)
     ]
     lead = "Is this true of the above?" if question.type == "predicate" else "Answer about the above:"
-    text = f"{lead} {_instructions(question)}\nAnswer with one of:\n" + "\n".join(lines)
-    conversation = _input(request)
-    if model.template is None:
-        said = "\n\n".join(message.text() for message in conversation)
-        return model.tokenizer.encode(f"{said}\n\n{text}\nAnswer: ")
-    return render(model, [*conversation, Message("user", text)], thinking=False).ids
+    return f"{lead} {_instructions(question)}\nAnswer with one of:\n" + "\n".join(lines)
 
 
 def _input(request: DecisionsRequest) -> list[Message]:

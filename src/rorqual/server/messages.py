@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from rorqual.server.caller import Caller
-from rorqual.server.chat import chat_turn
+from rorqual.server.chat import chat_turn, read_prompt
 from rorqual.server.events import CallArguments, CallStart, Event, Finish, Reasoning, Text
 from rorqual.server.faults import ApiError
 from rorqual.server.messages_input import CountRequest, MessagesRequest, to_chat
-from rorqual.server.prompt import check_messages, render, specs
+from rorqual.server.prompt import check_messages
 from rorqual.server.protocol import decode
 from rorqual.server.reply import Generated, Json, Reply, event_frame
 from rorqual.server.turn import Run
@@ -32,12 +32,12 @@ async def messages(caller: Caller, body: bytes) -> Reply:
 
 
 async def count_tokens(caller: Caller, body: bytes) -> Reply:
-    """Tokens of the prompt, without generating."""
+    """Tokens of the prompt that the same message would have, without generating."""
     request = decode(body, CountRequest)
     chat = to_chat(request)
     check_messages(chat.messages)
     model = caller.service.models.find(request.model)
-    prompt = render(model, chat.messages, specs(chat.tools))
+    _, prompt = await read_prompt(chat, model)
     return Json({"input_tokens": len(prompt.ids)})
 
 

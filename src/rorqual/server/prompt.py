@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,32 +91,70 @@ def render(
     A thought of an earlier turn is shown to the template only where tools are in play, as DeepSeek documents
     it; without tools it is left out. A last assistant message with `prefix` is left open, to be continued.
     """
+    text, shield, opened = _write(model, messages, tools, thinking, generate)
+    return Prompt(shield.uncover(text), shield.encode(text, model.tokenizer), opened)
+
+
+def render_each(
+    model: Served, shared: Sequence[Message], lasts: Sequence[Message], *, thinking: bool | None = None
+) -> Iterator[list[int]]:
+    """Ids of a conversation with each of `lasts` as its last message. What they share is read once, as it may be a
+    whole book."""
+    head, shield, _ = _write(model, shared, (), thinking, False)
+    head_ids = shield.encode(head, model.tokenizer)
+    for last in lasts:
+        text, shield, _ = _write(model, [*shared, last], (), thinking, True)
+        if text.startswith(head):
+            yield head_ids + shield.encode(text[len(head) :], model.tokenizer)
+        else:
+            yield shield.encode(text, model.tokenizer)
+
+
+def _write(
+    model: Served,
+    messages: Sequence[Message],
+    tools: Sequence[ToolSpec],
+    thinking: bool | None,
+    generate: bool,
+) -> tuple[str, Shield, bool]:
+    """The conversation as its template writes it, what covers its markers, and whether it ends inside a thought."""
     if model.template is None:
         raise invalid(
             f"the model {model.name!r} has no chat template; use /v1/completions",
             "model",
             "unsupported_value",
         )
+    template = model.template
     form, native = model.tool_format
     in_play = bool(tools) or any(m.tool_calls or m.role == "tool" for m in messages)
     plain = [_plain(message, keep_thought=in_play) for message in messages]
-    if "reasoning_content" not in model.template.source:
+    if "reasoning_content" not in template.source:
         plain = [_thought_as_text(message) for message in plain]
     native = native and form.template_lists_tools
     if in_play and not native:
         plain = form.describe(plain, tools)
     plain = [_with_calls(message, form.history) for message in plain]
+    listed = [tool.openai() for tool in tools] if tools and native else None
     shield = Shield(model.special_texts)
-    try:
-        text = model.template.render(
-            [shield.cover(message) for message in plain],
-            tools=[shield.cover(tool.openai()) for tool in tools] if tools and native else None,
-            add_generation_prompt=generate and not messages[-1].prefix,
-            thinking=thinking,
-        )
-    except TokenizerError as e:
-        raise invalid(f"the chat template refuses these messages: {e}", "messages") from None
-    return Prompt(shield.uncover(text), shield.encode(text, model.tokenizer), opened_by(text))
+    prefix = plain[-1]["content"] if messages[-1].prefix else None
+
+    def written(said: list[dict[str, Any]], listed: list[dict[str, Any]] | None) -> str:
+        try:
+            return template.render(
+                shield.cover(said),
+                tools=shield.cover(listed),
+                add_generation_prompt=generate and prefix is None,
+                thinking=thinking,
+            )
+        except TokenizerError as e:
+            raise invalid(f"the chat template refuses these messages: {e}", "messages") from None
+
+    text = written(plain, listed)
+    # A message may quote the tags: only those of the template itself say where a thought begins.
+    tags = Shield((OPEN, CLOSE))
+    own = tags.cover(plain), tags.cover(listed)
+    opened = opened_by(text if own == (plain, listed) else written(*own), prefix)
+    return text, shield, opened
 
 
 def _plain(message: Message, *, keep_thought: bool) -> dict[str, Any]:

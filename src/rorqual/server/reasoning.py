@@ -29,9 +29,13 @@ def thinks(template: str) -> bool:
     return CLOSE in template
 
 
-def opened_by(prompt: str) -> bool:
-    """Whether a rendered prompt ends inside a thought."""
-    return prompt.rfind(OPEN) > prompt.rfind(CLOSE)
+def opened_by(prompt: str, prefix: str | None = None) -> bool:
+    """Whether a rendered prompt ends inside a thought, by the template's own tags, or by those of an answer that the
+    client has begun (`prefix`)."""
+    opened = prompt.rfind(OPEN) > prompt.rfind(CLOSE)
+    if prefix is None:
+        return opened
+    return (opened or prefix.lstrip().startswith(OPEN)) and CLOSE not in prefix
 
 
 class ReasoningSplitter:

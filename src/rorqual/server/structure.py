@@ -4,6 +4,7 @@ mask.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ async def mask_maker(model: Served, structure: Structure) -> Callable[[int], Tok
     if not structure.needed:
         return None
     vocabulary = await model.vocabulary()
-    grammar = _compiled(vocabulary, structure)
+    grammar = await asyncio.to_thread(_compiled, vocabulary, structure)
 
     def make(max_tokens: int) -> TokenMask:
         return PhasedMask(_phases(vocabulary, structure, grammar, max_tokens), max_tokens)

@@ -1,6 +1,11 @@
-"""POST /v1/tokenize and /v1/detokenize: counts and ids without generating anything."""
+"""POST /v1/tokenize and /v1/detokenize: counts and ids without generating anything.
+
+On threads: a long text takes longer to read than other streams should wait.
+"""
 
 from __future__ import annotations
+
+import asyncio
 
 from rorqual.server.caller import Caller
 from rorqual.server.faults import invalid
@@ -17,11 +22,14 @@ async def tokenize(caller: Caller, body: bytes) -> Reply:
     if request.messages is not None:
         check_messages(request.messages)
         tools = specs(request.tools)
-        ids = render(model, request.messages, tools, generate=request.add_generation_prompt).ids
+        generate = request.add_generation_prompt
+        prompt = await asyncio.to_thread(render, model, request.messages, tools, generate=generate)
+        ids = prompt.ids
     elif text is None:
         raise invalid("give prompt (a text) or messages", "prompt", "missing_required_parameter")
     else:
-        ids = model.tokenizer.encode(text, add_bos=None if request.add_special_tokens else False)
+        add_bos = None if request.add_special_tokens else False
+        ids = await asyncio.to_thread(model.tokenizer.encode, text, add_bos=add_bos)
     return Json({"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids})
 
 
@@ -33,4 +41,5 @@ async def detokenize(caller: Caller, body: bytes) -> Reply:
     wrong = next((i for i in request.tokens if not 0 <= i < size), None)
     if wrong is not None:
         raise invalid(f"tokens: {wrong} is not from 0 to {size - 1}", "tokens")
-    return Json({"prompt": model.tokenizer.decode(request.tokens, skip_special=False)})
+    text = await asyncio.to_thread(model.tokenizer.decode, request.tokens, skip_special=False)
+    return Json({"prompt": text})
