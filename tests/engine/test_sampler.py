@@ -101,6 +101,7 @@ def test_uniform_numbers_are_spread_and_repeat() -> None:
 def test_ties_and_top_k_never_keep_nothing() -> None:
     flat = torch.zeros(8)
     assert keep(flat, SamplingParams(top_p=0.1)).isfinite().sum() == 1
+    assert keep(flat, SamplingParams(top_p=1e-46)).isfinite().sum() == 1
     assert keep(flat, SamplingParams(min_p=1.0)).isfinite().all()
 
 
@@ -115,15 +116,29 @@ def test_ties_and_top_k_never_keep_nothing() -> None:
         ("min_p", 1.5),
         ("presence_penalty", 3),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-39),
+        ("logit_bias", {5: float("nan")}),
+        ("logit_bias", {5: float("inf")}),
+        ("logit_bias", {"5": 1.0}),
         ("max_tokens", -1),
+        ("max_tokens", 2.5),
+        ("top_k", 2.5),
+        ("seed", 1.5),
         ("stop", ("",)),
+        ("stop", ""),
+        ("stop_token_ids", 3),
         ("logprobs", -1),
+        ("prompt_logprobs", -1),
     ],
 )
 def test_values_out_of_range_are_named(field: str, value: object) -> None:
     with pytest.raises(RequestError) as e:
         SamplingParams(**{field: value})
     assert e.value.param == field
+
+
+def test_a_string_is_one_stop() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)
 
 
 SEED = 0x1234567_89ABCDEF  # beyond 64 bits from the 15th on

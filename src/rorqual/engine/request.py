@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from rorqual.errors import RequestError
 
@@ -49,7 +50,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: str | Sequence[str] = ()  # a string is one
     stop_token_ids: tuple[int, ...] = ()  # besides the model's own end tokens
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the sampled token's and the k best alternatives
@@ -79,16 +80,31 @@ class SamplingParams:
             if not ok:
                 raise RequestError(f"{name}={getattr(self, name)!r}: must be {rule}", param=name)
 
-        check(self.max_tokens >= 0, "max_tokens", "0 or more")
+        def whole(value: Any) -> bool:
+            return isinstance(value, Integral) and int(value) >= 0
+
+        check(whole(self.max_tokens), "max_tokens", "a whole number, 0 or more")
         check(0 <= self.temperature < float("inf"), "temperature", "0 (greedy) or more")
-        check(self.top_k >= 0, "top_k", "0 (off) or more")
+        check(whole(self.top_k), "top_k", "a whole number, 0 (off) or more")
         check(0 < self.top_p <= 1, "top_p", "above 0, at most 1")
         check(0 <= self.min_p <= 1, "min_p", "0 to 1")
         check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2")
         check(-2 <= self.presence_penalty <= 2, "presence_penalty", "-2 to 2")
-        check(0 < self.repetition_penalty < float("inf"), "repetition_penalty", "above 0 (1: off)")
-        check(all(s != "" for s in self.stop), "stop", "strings that are not empty")
-        check(self.logprobs is None or self.logprobs >= 0, "logprobs", "0 or more")
+        # Beyond these logits can overflow, and a draw from infinite ones is that of the last token.
+        check(0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "0.01 to 100 (1: off)")
+        check(
+            all(isinstance(t, int) and abs(b) <= 1e6 for t, b in self.logit_bias.items()),
+            "logit_bias",
+            "token ids with biases of -1e6 to 1e6",
+        )
+        check(self.seed is None or isinstance(self.seed, int), "seed", "a whole number, or None")
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        check(all(isinstance(s, str) and s for s in self.stop), "stop", "strings that are not empty")
+        check(not isinstance(self.stop_token_ids, int), "stop_token_ids", "a tuple of token ids")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(value is None or whole(value), name, "a whole number, 0 or more")
 
 
 @dataclass

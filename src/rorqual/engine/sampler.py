@@ -140,7 +140,8 @@ def keep(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.top_p < 1:
         ordered, ids = logits.sort(descending=True, stable=True)
         p = ordered.softmax(-1)
-        out = p.cumsum(-1) - p >= params.top_p  # the first token is always kept
+        out = p.cumsum(-1) - p >= params.top_p
+        out[0] = False  # the first token is always kept, also where top_p is 0 in float32
         logits = logits.masked_fill(torch.zeros_like(out).scatter(0, ids, out), float("-inf"))
     if params.min_p > 0:
         p = logits.softmax(-1)
