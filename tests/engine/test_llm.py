@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from rorqual.checkpoint import hf
 from rorqual.checkpoint.loaded import Model
 from rorqual.cli import main
 from rorqual.data.bpe import train_bpe, write_tokenizer
+from rorqual.engine.config import EngineConfig
 from rorqual.engine.llm import LLM
 from rorqual.engine.request import SamplingParams
-from rorqual.errors import TokenizerError
+from rorqual.errors import RequestError, TokenizerError
 from rorqual.model.transformer import Transformer
 from rorqual.text.tokenizer import Tokenizer
 from rorqual.train.config import Shape
@@ -52,6 +55,69 @@ def test_leaving_a_stream_early_frees_it(folder: Path) -> None:
     for _ in llm.stream("def", SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)):
         break
     assert not llm.engine.has_work()
+
+
+def test_a_prompt_that_cannot_be_served_leaves_nothing_behind(folder: Path) -> None:
+    llm = LLM(folder)
+    with pytest.raises(RequestError, match="500 tokens"):
+        llm.generate(["def", [5] * 500], GREEDY)
+    assert not llm.engine.has_work()
+    assert len(llm.generate(["def"], GREEDY)) == 1
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_step_leaves_nothing_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    llm = LLM(folder)
+    want = llm.generate(["def"], GREEDY)[0].token_ids
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine, "step", lambda: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            llm.generate(["def", "x"], GREEDY)
+    assert not llm.engine.has_work()
+    assert llm.generate(["def"], GREEDY)[0].token_ids == want
+
+
+def test_more_prompts_than_may_wait_are_handed_over_by_and_by(folder: Path) -> None:
+    llm = LLM(folder, EngineConfig(max_waiting=2, max_num_seqs=2))
+    answers = llm.generate([[5, 6, i] for i in range(9)], GREEDY)
+    assert [a.prompt_ids[2] for a in answers] == list(range(9))
+    assert all(a.finish_reason for a in answers)
+
+
+def test_each_stream_gives_its_own_answer(folder: Path) -> None:
+    llm = LLM(folder)
+    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+    want = [a.token_ids for a in llm.generate(["def", "return"], params)]
+    got: list[list[int]] = [[], []]
+    for pair in zip(llm.stream("def", params), llm.stream("return", params), strict=False):
+        for ids, delta in zip(got, pair, strict=True):
+            ids += delta.token_ids
+    assert got == want
+    ids = []
+    for delta in llm.stream("def", params):
+        ids += delta.token_ids
+        assert llm.generate(["return"], params)[0].token_ids == want[1]
+    assert ids == want[0]
+    assert not llm.engine.has_work()
+
+
+def test_a_prompt_needs_no_list_around_it(folder: Path) -> None:
+    llm = LLM(folder)
+    conversation = [{"role": "user", "content": "hi"}]
+    for one in ("def f", [5, 6, 7], conversation, np.array([5, 6, 7]), torch.tensor([5, 6, 7])):
+        want = llm.encode(one)
+        assert [a.prompt_ids for a in llm.generate(one, GREEDY)] == [want]
+        assert [a.prompt_ids for a in llm.generate([one], GREEDY)] == [want]
+    assert llm.encode(torch.tensor([5, 6, 7])) == [5, 6, 7]
+    assert llm.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize("prompt", [5.5, None, b"def", ["def"], [5, "def"], [[5]]])
+def test_what_is_no_prompt_is_refused(folder: Path, prompt: object) -> None:
+    with pytest.raises(RequestError, match="must be text, a list of token ids or a list of messages"):
+        LLM(folder).generate([prompt], GREEDY)
 
 
 def test_flops_of_a_request_by_hand(folder: Path) -> None:

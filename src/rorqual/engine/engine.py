@@ -108,26 +108,23 @@ class Engine:
             )
         return asked
 
-    def add(self, request: Request) -> None:
-        """Queue a request; raises RequestError before any compute where it cannot be served."""
+    def validate(self, request: Request) -> None:
+        """Raise RequestError where a request cannot be served, however empty the queue is; changes nothing."""
         prompt, params = request.prompt_ids, request.params
         if request.request_id in self._sequences:
             raise RequestError(f"request_id {request.request_id!r} is in use", param="request_id")
-        adapter = self._adapters.get(request.model or "")
-        if request.model is not None and adapter is None:
+        if request.model is not None and request.model not in self._adapters:
             raise RequestError(
                 f"model {request.model!r}: no adapter of this name", param="model", code="model_not_found"
             )
         if not prompt:
             raise RequestError("prompt: must have at least one token", param="prompt", code="empty_prompt")
-        wrong = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
-        wrong = (
-            wrong
-            if wrong is not None
-            else next((t for t in params.logit_bias if not 0 <= t < self.vocab_size), None)
-        )
-        if wrong is not None:
-            raise RequestError(f"token id {wrong}: must be 0 to {self.vocab_size - 1}", param="prompt")
+        for field, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
+            wrong = next((t for t in ids if not 0 <= t < self.vocab_size), None)
+            if wrong is not None:
+                raise RequestError(
+                    f"{field}: token id {wrong}: must be 0 to {self.vocab_size - 1}", param=field
+                )
         room = self.max_model_len - len(prompt)
         if room < (1 if params.max_tokens else 0):
             raise RequestError(
@@ -144,6 +141,11 @@ class Engine:
             raise RequestError(
                 "return_routed_experts=True: this model has no experts", param="return_routed_experts"
             )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises RequestError before any compute where it cannot be served."""
+        self.validate(request)
+        params = request.params
         if len(self.scheduler.waiting) >= self.config.max_waiting:
             raise RequestError(
                 f"{self.config.max_waiting} requests are waiting; try again", code="queue_full"
@@ -155,11 +157,11 @@ class Engine:
         sequence = Sequence(
             request,
             arrival=self._arrivals,
-            max_tokens=min(params.max_tokens, room),
+            max_tokens=min(params.max_tokens, self.max_model_len - len(request.prompt_ids)),
             stop=StopChecker(self.tokenizer, params.stop),
             seed=params.seed if params.seed is not None else secrets.randbits(63),
             hashes=[],
-            adapter=adapter,
+            adapter=None if request.model is None else self._adapters[request.model],
         )
         sequence.hashes = [self._root(sequence)]
         self._sequences[sequence.id] = sequence

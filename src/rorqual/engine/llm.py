@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rorqual.checkpoint import hf
@@ -18,7 +24,7 @@ from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
 from rorqual.engine.quantised import is_packed
 from rorqual.engine.request import Delta, FinishReason, Request, SamplingParams, TokenLogprob
-from rorqual.errors import CapacityError, TokenizerError
+from rorqual.errors import CapacityError, RequestError, TokenizerError
 from rorqual.model.cost import cost
 from rorqual.text.template import ChatTemplate
 from rorqual.text.tokenizer import Tokenizer
@@ -97,6 +103,7 @@ class LLM:
         self.engine = Engine(self.loaded.model, self.tokenizer, config)
         self._cost = cost(self.loaded.config)
         self._count = 0
+        self._news: dict[str, deque[Delta]] = {}  # of each open request, until its caller takes them
 
     def flops(self, cached: int, prompt: int, completion: int) -> int:
         """FLOPs of a request: `prompt` tokens of which `cached` were found in the cache, then `completion` tokens."""
@@ -113,46 +120,93 @@ class LLM:
         return self.loaded.template or ChatTemplate.built_in("chatml")
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Answer every prompt; `params` for all of them or one each. Raises RequestError for a prompt that cannot
-        be served, before any is computed."""
+        """Answer every prompt, or the only one; `params` for all of them or one each. Raises RequestError for a prompt
+        that cannot be served, before any is computed."""
+        prompts = _many(prompts)
         each = (
             [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         )
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} params")
-        answers: dict[str, Completion] = {}
-        for prompt, p in zip(prompts, each, strict=True):
-            request = self._request(prompt, p)
-            self.engine.add(request)
-            answers[request.request_id] = Completion(list(request.prompt_ids))
-        while self.engine.has_work():
-            for delta in self.engine.step():
+        requests = [self._request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
+        answers = {r.request_id: Completion(list(r.prompt_ids)) for r in requests}
+        with closing(self._steps(requests)) as steps:
+            for delta in chain.from_iterable(steps):
                 answers[delta.request_id].take(delta)
         return list(answers.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Deltas of one answer as they come; leaving the loop early drops the request."""
+        """Deltas of one answer as they come, an empty one after a step that brought no news of it, as while a long prompt
+        is read. Leaving the loop early drops the request."""
         request = self._request(prompt, params or SamplingParams())
-        self.engine.add(request)
-        try:
-            while self.engine.has_work():
-                yield from self.engine.step()
-        finally:
-            self.engine.abort(request.request_id)
+        with closing(self._steps([request])) as steps:
+            for deltas in steps:
+                yield from deltas or [Delta(request.request_id, prompt_tokens=len(request.prompt_ids))]
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: of a text with BOS where the tokenizer wants it, of messages through the template."""
-        if not isinstance(prompt, str) and all(isinstance(t, int) for t in prompt):
-            return [t for t in prompt if isinstance(t, int)]
+        found = _listed(prompt)
+        if isinstance(found, list) and all(isinstance(t, Integral) for t in found):
+            return [int(t) for t in found]
+        if not isinstance(found, str) and not (
+            isinstance(found, list) and all(isinstance(m, Mapping) for m in found)
+        ):
+            raise RequestError(
+                f"prompt={reprlib.repr(prompt)}: must be text, a list of token ids or a list of messages",
+                param="prompt",
+            )
         if self.tokenizer is None:
             raise TokenizerError("the model has no tokenizer.json: give token ids")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        text = self.template.render([m for m in prompt if isinstance(m, Mapping)])
-        return self.tokenizer.encode(text)
+        return self.tokenizer.encode(found if isinstance(found, str) else self.template.render(found))
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         self._count += 1
-        return Request(f"llm-{self._count}", self.encode(prompt), params)
+        request = Request(f"llm-{self._count}", self.encode(prompt), params)
+        self.engine.validate(request)
+        return request
+
+    def _steps(self, requests: Sequence[Request]) -> Generator[list[Delta]]:
+        """Compute some requests: after each step, what is new of them. A step may also bring news of requests whose
+        callers are elsewhere; those wait in queues. What is unfinished when the caller leaves or fails is dropped."""
+        waiting, news = deque(requests), deque[Delta]()
+        unfinished = {r.request_id for r in requests}
+        try:
+            while unfinished and (waiting or news or self.engine.has_work()):
+                while waiting and self.engine.stats().waiting < self.engine.config.max_waiting:
+                    request = waiting.popleft()
+                    self._news[request.request_id] = news
+                    self.engine.add(request)
+                if not news:
+                    self._step()
+                deltas = [news.popleft() for _ in range(len(news))]
+                unfinished -= {d.request_id for d in deltas if d.finish_reason}
+                yield deltas
+        finally:
+            for name in unfinished:
+                self.engine.abort(name)
+                self._news.pop(name, None)
+
+    def _step(self) -> None:
+        """Advance every request and queue the news for those who asked."""
+        for delta in self.engine.step():
+            self._news[delta.request_id].append(delta)
+            if delta.finish_reason:
+                del self._news[delta.request_id]
+
+
+def _many(prompts: Any) -> list[Any]:
+    """A list of prompts, also where it is only one."""
+    found = _listed(prompts)
+    one = not isinstance(found, list) or (found and isinstance(found[0], Integral | Mapping))
+    return [prompts] if one else found
+
+
+def _listed(prompt: Any) -> Any:
+    """Sequences, arrays and tensors as lists; text as it is."""
+    if isinstance(prompt, np.ndarray | torch.Tensor):
+        return prompt.tolist()
+    return list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes) else prompt
