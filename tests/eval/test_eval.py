@@ -138,6 +138,19 @@ def test_families_are_held_out_problems_at_a_fixed_seed() -> None:
     assert one.problems[0] == one.task.make(config.seed, 0, None, "held_out")
 
 
+def test_no_problem_counts_twice() -> None:
+    problems = suite("functions", EvalConfig(problems=200, difficulty=0), False).problems
+    assert len(problems) == len({p.key for p in problems}) < 20
+
+
+def test_where_results_go_is_seen_to_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "nowhere", "--tasks", "sums", "--out", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["eval", "nowhere", "--tasks", "sums", "--out", str(tmp_path / "file" / "a.json")]) == 2
+    assert "name another" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_some_of_humaneval(chat: bool) -> None:
     task = HumanEval(chat)

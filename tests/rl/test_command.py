@@ -7,6 +7,8 @@ import pytest
 from rorqual.cli import main
 from rorqual.errors import ConfigError, RunError
 from rorqual.rl.command import RECIPES, RLOptions, rl_config
+from rorqual.rl.problems import Mix
+from rorqual.rl.run import check_goal
 from rorqual.verify.tasks import create
 
 
@@ -20,6 +22,8 @@ def test_every_recipe_is_a_run_of_families_that_exist(name: str, tmp_path: Path)
         problem = task.make(0, 0, mix.difficulty_at(0.0))
         assert problem.worked is not None or not config.cold_start.steps
     assert config.out.name == f"rl-{name}"
+    tasks = [create(mix.name, **mix.options) for mix in config.tasks]
+    check_goal(config, Mix(config.tasks, tasks, config.seed, config.eval_problems))
 
 
 def test_overrides_win_over_recipes() -> None:

@@ -12,6 +12,7 @@ import torch
 from rorqual.checkpoint.tensors import TensorFile
 from rorqual.errors import ConfigError, NumericsError, RorqualError, RunError
 from rorqual.rl.config import Guard, RLConfig, Sampling, TaskMix
+from rorqual.rl.problems import Mix
 from rorqual.rl.run import reinforce
 from rorqual.train.metrics import read
 from rorqual.train.shape import Shape
@@ -149,11 +150,15 @@ def test_a_used_folder_and_a_changed_resume_are_refused(make_config: Make, silen
 
 
 def test_held_out_problems_are_never_trained_on(make_config: Make) -> None:
-    from rorqual.rl.problems import Mix
-
     mix = Mix((TaskMix(),), [Sums()], 0, 64)
     held = {p.problem.key for p in mix.held_out["sums"]}
     assert not held & {mix.at(i, 0.0).problem.key for i in range(500)}
+
+
+def test_a_goal_that_the_held_out_problems_cannot_show_is_refused(make_config: Make, silent: Any) -> None:
+    """8 right of 8: Wilson's interval begins at 1 / (1 + 1.96²/8) = 0.676."""
+    with pytest.raises(ConfigError, match=r"enough=0.7: the interval of 8 right .* begins at 0.676"):
+        reinforce(make_config(enough=0.7), show=silent)
 
 
 OWN = """

@@ -35,6 +35,17 @@ def test_training_and_held_out_share_no_problem(name: str) -> None:
         assert not train & held
 
 
+def test_a_held_out_set_holds_no_problem_twice_and_a_small_family_whole() -> None:
+    """Of 256 draws of the first level of functions 15 differ: an accuracy has no more to rest on."""
+    functions = tasks.create("functions", style="continue", examples=0)
+    drawn = {functions.make(5, i, 0, "held_out").prompt for i in range(256)}
+    assert {p.prompt for p in tasks.held_out(functions, 256, 1234, 0)} == drawn
+    sums = tasks.create("sums", digits=3)
+    problems = tasks.held_out(sums, 40, 0)
+    assert len({p.key for p in problems}) == 40
+    assert problems[0] == sums.make(0, 0, None, "held_out")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_worked_answer_is_right_and_others_are_wrong(name: str) -> None:
     task = tasks.create(name)

@@ -48,6 +48,8 @@ def evaluate(argv: Sequence[str]) -> int:
     config = options.config
     if not (config.tasks or config.text or config.data):
         raise ConfigError("rorqual eval: nothing to evaluate; give --tasks, --text or --data")
+    if options.out is not None:
+        check_out(options.out)
     result = run(options.model, config, options.dtype)
     if options.out is not None:
         write(options.out, result)
@@ -75,9 +77,18 @@ def run(model: Path, config: EvalConfig, dtype: str = "auto") -> dict[str, Any]:
     }
 
 
+def check_out(path: Path) -> None:
+    """That a result can be written, before there is one. Raises ConfigError."""
+    if path.is_dir():
+        raise ConfigError(f"--out {path}: is a folder; name a file, such as {path / 'result.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--out {path}: {path.parent} cannot be made ({e.strerror}); name another") from e
+
+
 def write(path: Path, result: dict[str, Any]) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(result, file, indent=1, ensure_ascii=False)
@@ -94,6 +105,7 @@ def print_result(result: dict[str, Any]) -> None:
     table = Table("what", "score", "95%", "of", "", title=result["model"])
     for row in result["tasks"]:
         notes = [f"{k} {v:.1%}" for k, v in row["passes"].items() if k != "pass@1" and v is not None]
+        notes += ["all there are"] if row["problems"] < result["config"]["problems"] else []
         notes += [f"{row['truncated']} cut at the limit"] if row["truncated"] else []
         notes += [f"grader failed {row['grader_failed']}"] if row["grader_failed"] else []
         interval = f"{row['low']:.1%} to {row['high']:.1%}"

@@ -19,7 +19,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = ()  # NAME or NAME:option=value,option=value of the task families, or humaneval
     text: tuple[Path, ...] = ()  # text files for bits per byte
     data: tuple[Path, ...] = ()  # folders of `rorqual data build`, whose held-out split is scored
-    problems: int = 200  # of each family; of humaneval the first so many of its 164
+    problems: int = 200  # of each family, or all that it has; of humaneval the first so many of its 164
     samples: int = 1  # completions of each problem; above 1 they give pass@k
     difficulty: int | None = None  # a family's level; none: its hardest
     seed: int = 1234

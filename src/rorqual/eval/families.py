@@ -51,7 +51,7 @@ def suite(spec: str, config: EvalConfig, has_template: bool) -> Suite:
         return Suite(spec, human, human.problems(config.problems), chat, () if chat else STOPS)
     task = tasks.create(name, **options)
     task.prepare()
-    problems = [task.make(config.seed, i, config.difficulty, "held_out") for i in range(config.problems)]
+    problems = tasks.held_out(task, config.problems, config.seed, config.difficulty)
     if chat and options.get("style") in ("bare", "continue"):
         chat = False  # the style says that the completion goes on with the prompt
     stop = ("\n",) if not chat and getattr(task, "style", "") == "bare" else ()

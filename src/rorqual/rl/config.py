@@ -158,7 +158,7 @@ class RLConfig:
     micro_tokens: int = 8192  # tokens that are in memory at once in an update, padding included
     dtype: Literal["float32", "bfloat16"] = "float32"  # of products; weights and optimizer are float32
     eval_every: int = 10  # steps; 0 or less: only at both ends
-    eval_problems: int = 256  # held-out ones of each family
+    eval_problems: int = 256  # different held-out ones of each family, or all that it has
     pass_k: int = (
         16  # at both ends, pass@1 and pass@k of a quarter of them at the sampling temperature; 0: not
     )

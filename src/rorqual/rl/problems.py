@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rorqual.errors import ConfigError
 from rorqual.rl.config import TaskMix
-from rorqual.verify.tasks import Problem, Task, create
+from rorqual.verify.tasks import Problem, Task, create, held_out
 
 WORKED = 0xC01D  # added to the run's seed for the problems of the cold start
 
@@ -46,12 +46,12 @@ class Posed:
 class Mix:
     """An endless line of problems: which one is at a place depends on seed, place and share of the run alone."""
 
-    def __init__(self, mixes: Sequence[TaskMix], tasks: Sequence[Task], seed: int, held_out: int) -> None:
+    def __init__(self, mixes: Sequence[TaskMix], tasks: Sequence[Task], seed: int, count: int) -> None:
         self.mixes, self.tasks, self.seed = mixes, tasks, seed
         self.held_out = {
             mix.label: [
-                Posed(task, task.make(seed, i, mix.difficulty_at(1.0), "held_out"), mix.label)
-                for i in range(held_out)
+                Posed(task, problem, mix.label)
+                for problem in held_out(task, count, seed, mix.difficulty_at(1.0))
             ]
             for mix, task in zip(mixes, tasks, strict=True)
         }

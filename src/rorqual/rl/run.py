@@ -25,6 +25,7 @@ from rorqual.train.lock import Lock
 from rorqual.train.metrics import View
 from rorqual.train.run import HEAD_SCALE, settle
 from rorqual.train.trainer import Result
+from rorqual.verify.interval import wilson
 
 # What may change when a run is resumed: it does not touch the weights.
 FREE = frozenset({"out", "save_every", "keep", "eval_every", "pass_k", "enough", "stop_at"})
@@ -35,6 +36,7 @@ def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) 
     folder in use or already used, a model that is not there, a resume with nothing to resume."""
     tasks = [family(t) for t in config.tasks]
     mix = Mix(config.tasks, tasks, config.seed, config.eval_problems)
+    check_goal(config, mix)
     keep_freed_memory()
     with Lock(config.out):
         there = folders.steps(config.out)
@@ -44,6 +46,9 @@ def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) 
             )
         show = show or view(config.out.name)
         try:
+            for label, posed in mix.held_out.items():
+                if len(posed) < config.eval_problems:
+                    show.say(f"{label}: {len(posed)} different held-out problems, all there are")
             found = checkpoint.latest(config.out, show.say)
             if resume and found is None:
                 raise RunError(f"{config.out.resolve()}: nothing to resume; it has no whole checkpoint")
@@ -61,6 +66,17 @@ def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) 
             show.close()
         write_report(config, cost(model.config))
     return result
+
+
+def check_goal(config: RLConfig, mix: Mix) -> None:
+    """That the held-out problems are enough to show what `enough` asks for. Raises ConfigError."""
+    count = sum(map(len, mix.held_out.values()))
+    most = wilson(count, count)[0]
+    if config.enough is not None and config.enough >= most:
+        raise ConfigError(
+            f"enough={config.enough}: the interval of {count} right answers to {count} held-out problems begins at "
+            f"{most:.3f}; set less, or raise eval_problems or the family's sizes"
+        )
 
 
 def begin(config: RLConfig, tokenizer: Tokenizer) -> Transformer:

@@ -28,6 +28,7 @@ Split = Literal["train", "held_out"]
 
 HELD_OUT_SHARE = 0.1  # of a family's problems; the rest is for training
 DRAWS = 2000  # tries to find a problem of a split before the family is called too small
+REPEATS = 5  # times as many repeats in a row as there are problems: all were seen (of equal ones 1 in 150 is missed)
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,19 @@ def create(name: str, **options: Any) -> Task:
     cls = getattr(importlib.import_module(place.module), place.cls)
     task: Task = from_dict(cls, options, where=f"tasks.{name}")
     return task
+
+
+def held_out(task: Task, count: int, seed: int, difficulty: int | None = None) -> list[Problem]:
+    """The first `count` different held-out problems of a stream; of a small family all that there are. A problem that
+    came twice would count twice in an accuracy and not make its interval smaller in truth."""
+    found: dict[str, Problem] = {}
+    index = repeats = 0
+    while len(found) < count and repeats < REPEATS * (len(found) + 10):
+        problem = task.make(seed, index, difficulty, "held_out")
+        repeats = repeats + 1 if problem.key in found else 0
+        found.setdefault(problem.key, problem)
+        index += 1
+    return list(found.values())
 
 
 def grade_all(task: Task, pairs: Sequence[tuple[Problem, str]], threads: int = 8) -> list[Outcome]:
