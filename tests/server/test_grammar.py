@@ -222,6 +222,20 @@ def test_schemas_that_mean_nothing(live, schema):
     assert answer.json()["error"]["code"] == "invalid_schema"
 
 
+@pytest.mark.parametrize("depth", [100, 150, 490])
+def test_a_schema_may_be_nested_too_deeply(start, depth):
+    """llguidance reads 128 levels of JSON."""
+    live = start(script={"max_model_len": 2**15})
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema, "maxItems": 1}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    answer = live.chat(response_format=form, max_tokens=2)
+    assert answer.status_code == (200 if depth < 128 else 400)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": schema}}}}]
+    assert live.chat(tools=tools, max_tokens=2).status_code == 200  # not strict: any object
+
+
 @pytest.mark.parametrize("name", ["b073 enum ref", "b073 recursive", "b073 no extras"])
 def test_b073_references(live, name):
     """ggml-org/llama.cpp#8073: an enum behind $ref, a recursive $ref in items, additionalProperties false."""
@@ -258,6 +272,44 @@ def test_row_46_forced_calls_are_valid(live, choice):
             check(schemas[call["function"]["name"]], call["function"]["arguments"])
             assert choice == "required" or call["function"]["name"] == "g"
     assert whole >= 48
+
+
+LIST = closed(v={"type": "boolean"}, next={"type": "array", "items": {"$ref": "#"}, "maxItems": 1})
+ROUTE = closed(
+    **{"from": closed(city={"type": "string", "maxLength": 4}), "to": {"$ref": "#/properties/from"}}
+)
+
+
+@pytest.mark.parametrize("schema", [ROUTE, LIST], ids=["to a property", "to the root"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_references_of_a_tool_resolve_in_its_own_schema(live, schema, strict):
+    """zod-to-json-schema writes `#/properties/…` for what it has written before."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema, "strict": strict}}]
+    answer = live.chat(tools=tools, tool_choice="required", n=8, max_tokens=400, seed=3).json()
+    calls = [
+        c
+        for one in answer["choices"]
+        if one["finish_reason"] != "length"
+        for c in one["message"]["tool_calls"]
+    ]
+    assert len(calls) >= 6
+    for call in calls:
+        check(schema, call["function"]["arguments"])
+    assert live.chat(tools=tools, max_tokens=5).status_code == 200
+
+
+def test_an_answer_by_a_schema_or_calls(live):
+    """Both on offer: whatever is drawn is one or the other, and valid."""
+    schema, parameters = SCHEMAS["bool"], SCHEMAS["enum"]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    seen = set()
+    for choice in structured(live, schema, tools=tools, n=16, max_tokens=400, seed=1):
+        seen.add(choice["finish_reason"])
+        for call in choice["message"].get("tool_calls", ()):
+            check(parameters, call["function"]["arguments"])
+        if choice["finish_reason"] == "stop":
+            check(schema, choice["message"]["content"])
+    assert {"stop", "tool_calls"} <= seen
 
 
 def test_b070_the_grammar_begins_after_the_thought(start):

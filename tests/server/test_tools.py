@@ -221,6 +221,36 @@ def test_row_47_parallel_calls(live):
     assert len(streamed(live, "two calls", parallel_tool_calls=False)[1]) == 1
 
 
+def test_with_a_response_format_a_call_is_still_a_call(live):
+    """Tools stay on offer beside it."""
+    choice = live.chat("a call", tools=TOOLS, response_format={"type": "json_object"}).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_document_may_quote_a_call(form):
+    """It is whole at every cut; a call at the beginning is one."""
+    quoted = f' {{"a": "{form.begin} x", "b": 1}}'
+    call = write(form, "f", "{}")
+    for pieces in ([quoted], list(quoted), [quoted[:8], quoted[8:]]):
+        splitter = ToolSplitter(form, document=True)
+        events = [e for piece in pieces for e in splitter.feed(piece)] + splitter.finish()
+        assert "".join(e.text for e in events if isinstance(e, Text)) == quoted
+    splitter = ToolSplitter(form, document=True)
+    assert [e.name for piece in f"\n{call}" for e in splitter.feed(piece) if isinstance(e, CallStart)] == [
+        "f"
+    ]
+
+
+def test_a_json_answer_that_quotes_a_call_is_whole(start):
+    """With tools on offer too."""
+    text = json.dumps({"a": f"{CALL} is a call"}, ensure_ascii=False)
+    live = start(ScriptedAnswer(text=text))
+    choice = live.chat("q", tools=TOOLS, response_format={"type": "json_object"}).json()["choices"][0]
+    assert (choice["message"], choice["finish_reason"]) == ({"role": "assistant", "content": text}, "stop")
+
+
 def test_tool_choice_none_leaves_markup_alone(live):
     """No tools are offered, so nothing is parsed."""
     choice = live.chat("a call", tools=TOOLS, tool_choice="none").json()["choices"][0]

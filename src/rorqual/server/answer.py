@@ -19,6 +19,7 @@ class Reading:
 
     thought_opened: bool | None = None  # None: a model that does not think
     tools: ToolFormat | None = None
+    document: bool = False  # what does not begin with a call is a document, which may quote one
     one_call: bool = False  # stop counting after the first call
     named: bool = False  # a forced function finishes with "stop", as OpenAI's does
 
@@ -32,7 +33,9 @@ class Answer:
         self._eos_ids = frozenset(eos_ids)
         opened = reading.thought_opened
         self._thought = ReasoningSplitter(opened=opened) if opened is not None else None
-        self._tools = ToolSplitter(reading.tools) if reading.tools is not None else None
+        self._tools = (
+            ToolSplitter(reading.tools, document=reading.document) if reading.tools is not None else None
+        )
         self._raw = 0  # bytes of text received
         self._token_ends = 0  # bytes of tokens received
         self._starts: list[int] = []  # where in the raw output each token begins

@@ -20,7 +20,7 @@ from rorqual.server.prompt import Prompt, check_messages, render, specs
 from rorqual.server.protocol import MAX_TOOLS, ChatRequest, NamedTool, decode
 from rorqual.server.reply import Generated, Reply, data_frame, encode, openai_error_frame
 from rorqual.server.sampling import UNLIMITED, sampling_params
-from rorqual.server.structure import Structure, check_tools, mask_maker, response_grammar
+from rorqual.server.structure import Structure, check_tools, mask_maker, response_schema
 from rorqual.server.tools import ToolSpec
 from rorqual.server.turn import Run, Turn, check_room
 
@@ -61,6 +61,7 @@ async def chat_turn(request: ChatRequest, model: Served, caller: Caller) -> Turn
     reading = Reading(
         thought_opened=prompt.thought_opened if model.thinks else None,
         tools=form if tools else None,
+        document=structure.schema is not None,
         one_call=named or request.parallel_tool_calls is False,
         named=named,
     )
@@ -122,17 +123,17 @@ def _thinking(request: ChatRequest) -> bool | None:
 
 
 def _structure(request: ChatRequest, model: Served, tools: Sequence[ToolSpec], prompt: Prompt) -> Structure:
-    grammar = response_grammar(request.response_format)
+    schema = response_schema(request.response_format)
     choice = request.tool_choice
     must_call = isinstance(choice, NamedTool) or (choice == "required" and bool(tools))
-    if grammar is not None and must_call:
+    if schema is not None and must_call:
         raise invalid("response_format and a forced tool call exclude each other", "response_format")
     budget = request.thinking.budget_tokens if request.thinking is not None else None
     if budget is None and request.reasoning_effort in ("minimal", "low"):
         budget = _LOW_EFFORT
     return Structure(
-        grammar=grammar,
-        tools=() if grammar is not None else tuple(tools),
+        schema=schema,
+        tools=tuple(tools),
         form=model.tool_format[0],
         many_calls=request.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
         must_call=must_call,

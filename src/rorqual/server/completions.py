@@ -17,7 +17,7 @@ from rorqual.server.models import Served
 from rorqual.server.protocol import MAX_N, CompletionRequest, decode
 from rorqual.server.reply import Generated, Reply, data_frame, openai_error_frame
 from rorqual.server.sampling import sampling_params
-from rorqual.server.structure import Structure, mask_maker, response_grammar
+from rorqual.server.structure import Structure, mask_maker, response_schema
 from rorqual.server.turn import Run, Turn, check_room
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, on this route
@@ -54,7 +54,7 @@ async def completions(caller: Caller, body: bytes) -> Reply:
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
     )
-    mask = await mask_maker(model, Structure(grammar=response_grammar(request.response_format)))
+    mask = await mask_maker(model, Structure(schema=response_schema(request.response_format)))
     turn = Turn(model, prompts, params, n, mask=mask, cache_salt=caller.cache_salt(request.user_id))
     run = Run(turn, caller)
     writer = _Writer(request, run, caller)

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 def json_schema_text(schema: dict[str, Any], param: str) -> str:
     """The grammar of a JSON Schema; a 400 that names the keyword and its place where it cannot be kept."""
-    text = _schema_grammar(schema)
+    field = param.split(".", 1)[0].split("[", 1)[0]
+    try:
+        text = _schema_grammar(schema)
+    except (ValueError, RecursionError) as e:  # nested more deeply than the grammar's reader goes
+        raise invalid(f"{param}: {e}; nest it less deeply", field, "invalid_schema") from None
     error = _fault(text)
     if error:
         where, cause = _blame(schema, "", schema, error)
         place = f"{param}{where}" if where else param
-        raise invalid(f"{place}: {cause}", param.split(".", 1)[0].split("[", 1)[0], "invalid_schema")
+        raise invalid(f"{place}: {cause}", field, "invalid_schema")
     return text
 
 

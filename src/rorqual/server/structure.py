@@ -7,13 +7,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llguidance import LLMatcher
 
 from rorqual.engine.request import TokenMask
 from rorqual.server.faults import invalid
 from rorqual.server.grammar import Grammar
-from rorqual.server.json_schema import json_schema_text, supported
+from rorqual.server.json_schema import inline_schema, json_schema_text, supported
 from rorqual.server.models import Served
 from rorqual.server.phases import Forced, Free, Phase, PhasedMask, Until
 from rorqual.server.protocol import ResponseFormat
@@ -26,9 +27,8 @@ from rorqual.server.vocabulary import Vocabulary
 class Structure:
     """What is asked of the form of the output."""
 
-    grammar: str | None = None  # the whole answer
-    grammar_param: str = "response_format"
-    tools: tuple[ToolSpec, ...] = ()  # calls among free text
+    schema: dict[str, Any] | None = None  # of the whole answer; with tools, unless it is calls
+    tools: tuple[ToolSpec, ...] = ()  # calls among free text, where no schema is given
     form: ToolFormat | None = None
     many_calls: bool = True
     must_call: bool = False
@@ -39,21 +39,25 @@ class Structure:
     @property
     def needed(self) -> bool:
         """Whether anything restrains the output at all."""
-        return bool(self.grammar or self.tools or (self.thinks and self.budget is not None))
+        return self.ruled or bool(self.tools) or (self.thinks and self.budget is not None)
+
+    @property
+    def ruled(self) -> bool:
+        """Whether a grammar rules all of the answer."""
+        return self.schema is not None or self.must_call
 
 
-def response_grammar(form: ResponseFormat | None) -> str | None:
-    """The grammar of a `response_format`; None for text. A schema that cannot be kept is a 400 naming the
-    keyword.
-    """
+def response_schema(form: ResponseFormat | None) -> dict[str, Any] | None:
+    """The schema of a `response_format`; None for text. One that cannot be kept is a 400 naming the keyword."""
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return json_schema_text({"type": "object"}, "response_format")
+        return {"type": "object"}
     if form.json_schema is None or form.json_schema.schema is None:
         where = "response_format.json_schema" + (".schema" if form.json_schema is not None else "")
         raise invalid(f"{where} is required", where, "missing_required_parameter")
-    return json_schema_text(form.json_schema.schema, "response_format")
+    json_schema_text(form.json_schema.schema, "response_format")
+    return form.json_schema.schema
 
 
 def check_tools(tools: Sequence[ToolSpec]) -> None:
@@ -83,28 +87,30 @@ async def mask_maker(model: Served, structure: Structure) -> Callable[[int], Tok
 
 
 def _compiled(vocabulary: Vocabulary, structure: Structure) -> Grammar | None:
-    if structure.grammar is not None:
-        return Grammar(vocabulary, structure.grammar, structure.grammar_param)
-    if not structure.tools:
+    """The answer as calls, as a document, or as either."""
+    rules: dict[str, str] = {}
+    if structure.tools:
+        assert structure.form is not None
+        many = structure.many_calls and structure.ruled
+        rules["calls"] = structure.form.calls(structure.tools, many=many, opened=not structure.ruled)
+    if structure.schema is not None:
+        rules["answer"] = f"answer: {inline_schema(structure.schema)}"
+    if not rules:
         return None
-    assert structure.form is not None
-    many = structure.many_calls
-    text = structure.form.calls(
-        structure.tools, many=many and structure.must_call, opened=not structure.must_call
-    )
-    return Grammar(vocabulary, LLMatcher.grammar_from_lark(text), "tools")
+    text = "\n".join([f"start: {' | '.join(rules)}", *rules.values()])
+    param = "response_format" if structure.schema is not None else "tools"
+    return Grammar(vocabulary, LLMatcher.grammar_from_lark(text), param)
 
 
 def _phases(
     vocabulary: Vocabulary, structure: Structure, grammar: Grammar | None, max_tokens: int
 ) -> Iterator[Phase]:
-    must = structure.grammar is not None or structure.must_call
     if structure.thinks:
-        yield from _thought(vocabulary, structure, max_tokens, must=must)
+        yield from _thought(vocabulary, structure, max_tokens, must=structure.ruled)
     if grammar is None:
         yield Free()
         return
-    if must:
+    if structure.ruled:
         yield grammar.phase()
         return
     assert structure.form is not None

@@ -25,11 +25,13 @@ class ToolSplitter:
     """Splits an answer into text and calls, whatever the cuts between the pieces it is fed.
 
     White space next to a call belongs to neither. A call that is not valid JSON is closed where it goes
-    wrong: its markup never becomes text, and it does not count as a call.
+    wrong: its markup never becomes text, and it does not count as a call. With `document` an answer that does not
+    begin with a call is text to its end.
     """
 
-    def __init__(self, form: ToolFormat) -> None:
+    def __init__(self, form: ToolFormat, *, document: bool = False) -> None:
         self._form = form
+        self._document: bool | None = None if document else False  # None: the beginning will tell
         self._held = ""
         self._parser: CallParser | None = None
         self._calls_seen = False
@@ -65,6 +67,15 @@ class ToolSplitter:
     def _plain(self, text: str, out: list[Event]) -> str:
         """Emit text up to a call; returns what follows the call's opening."""
         self._held += text
+        if self._document is None:
+            start = self._held.lstrip()
+            if self._form.begin.startswith(start) and start != self._form.begin:
+                return ""
+            self._document = not start.startswith(self._form.begin)
+        if self._document:
+            out.append(Text(self._held))
+            self._held = ""
+            return ""
         at = self._held.find(self._form.begin)
         if at >= 0:
             before, rest = self._held[:at].rstrip(), self._held[at + len(self._form.begin) :]

@@ -59,7 +59,10 @@ class ToolFormat(Protocol):
         """An earlier call as a template that knows tools expects it."""
 
     def calls(self, tools: Sequence[ToolSpec], *, many: bool, opened: bool) -> str:
-        """A Lark grammar of one call, or of one or more; `opened`: `begin` has been written already."""
+        """Lark rules of which `calls` is one call, or one or more; `opened`: `begin` has been written already.
+
+        Arguments are documents of their own, so that references of their schemas (`#/…`) mean what they say.
+        """
 
     def parser(self) -> CallParser:
         """A parser of what follows `begin`."""
@@ -104,23 +107,19 @@ class Hermes:
         return {"name": name, "arguments": parsed(arguments)}
 
     def calls(self, tools: Sequence[ToolSpec], *, many: bool, opened: bool) -> str:
-        bodies = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.name}, "arguments": tool.schema()},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in tools
-        ]
         begin, end = _lark(self.begin + "\n"), _lark("\n" + self.end)
         rest = f' ("\\n" {begin} body {end})*' if many else ""
         first = _lark("\n") if opened else begin
         rules = [
-            f"start: {first} body {end}{rest}",
-            "body: " + " | ".join(f"body_{i}" for i in range(len(bodies))),
+            f"calls: {first} body {end}{rest}",
+            "body: " + " | ".join(f"body_{i}" for i in range(len(tools))),
+            'blank: " "?',
         ]
-        rules += [f"body_{i}: {inline_schema(_lift_definitions(body))}" for i, body in enumerate(bodies)]
+        for i, tool in enumerate(tools):
+            name = _lark(json.dumps(tool.name, ensure_ascii=False) + ",")
+            head = f"{_lark(_NAME)} blank {name} blank {_lark(_ARGUMENTS)} blank"
+            rules.append(f'body_{i}: {head} arguments_{i} "}}"')
+            rules.append(f"arguments_{i}: {inline_schema(tool.schema())}")
         return "\n".join(rules)
 
     def parser(self) -> CallParser:
@@ -161,7 +160,7 @@ class DeepSeek:
     def calls(self, tools: Sequence[ToolSpec], *, many: bool, opened: bool) -> str:
         first = "" if opened else _lark(self.begin)
         rules = [
-            f"start: {first} call{' (between call)*' if many else ''} {_lark(self.end)}",
+            f"calls: {first} call{' (between call)*' if many else ''} {_lark(self.end)}",
             f"between: {_lark(chr(10))}?",
             "call: " + " | ".join(f"call_{i}" for i in range(len(tools))),
         ]
@@ -180,6 +179,7 @@ class DeepSeek:
 
 
 HERMES = Hermes()
+_NAME, _ARGUMENTS = '{"name":', '"arguments":'
 _INSTRUCTIONS = """# Tools
 You may call one or more functions to help with the user's request. Their descriptions are JSON, one a line:
 <tools>
@@ -201,10 +201,3 @@ def format_of(template: str) -> tuple[ToolFormat, bool]:
 def _lark(text: str) -> str:
     """A literal of a Lark grammar."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def _lift_definitions(body: dict[str, Any]) -> dict[str, Any]:
-    """References of a nested schema (`#/$defs/x`) resolve at the root: definitions move there."""
-    arguments = body["properties"]["arguments"]
-    lifted = {key: arguments[key] for key in ("$defs", "definitions") if key in arguments}
-    return {**body, **lifted}
