@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rorqual.engine import runner
+from rorqual.engine import paged, runner
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
 from rorqual.engine.request import Delta, Request, SamplingParams
@@ -288,6 +288,24 @@ def test_non_finite_logits_fail_one_request_and_not_its_neighbours(
     assert deltas["bad"][-1].finish_reason == "error"
     assert "non-finite" in (deltas["bad"][-1].error or "")
     assert deltas["good"][-1].finish_reason == "length"
+
+
+def test_rows_that_overflowed_reach_no_shorter_neighbour(
+    fresh: Callable[[str, int], Transformer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded rows of the path without kernels: NaN in the first blocks of the pool, during that request and after it."""
+    monkeypatch.setattr(paged, "native", lambda: None)
+    for kind in ("mla", "qwen"):
+        model = fresh(kind, 1)
+        model.embed_tokens.weight.data[7] = float("nan")
+        engine = Engine(model, None, config(max_num_batched_tokens=32))
+        engine.add(Request("bad", [7, *[30] * 50], GREEDY))
+        engine.step()
+        for _ in range(2):
+            engine.add(Request("short", [20, 21, 22], GREEDY, priority=-1))
+            engine.add(Request("longer", list(range(40, 52)), GREEDY, priority=-1))
+            deltas = finish(engine)
+            assert [deltas[name][-1].finish_reason for name in ("short", "longer")] == ["length"] * 2
 
 
 def test_cache_memory_is_the_formula(model: Transformer) -> None:

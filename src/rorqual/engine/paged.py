@@ -89,10 +89,10 @@ class Paged:
         elif decodes:
             totals = [s.total for s in decodes]
             longest = max(totals)
-            self._gather = torch.zeros(len(decodes), longest, dtype=torch.long, device=device)
-            for i, s in enumerate(decodes):
-                self._gather[i, : s.total] = s.slots
-            seen = torch.arange(longest, device=device) < torch.tensor(totals).to(device)[:, None]
+            at = torch.arange(longest, device=device)
+            # Shorter ones are padded with a slot of their own: 0 x NaN of another's row would be NaN.
+            self._gather = torch.stack([s.slots[at.clamp(max=s.total - 1)] for s in decodes])
+            seen = at < torch.tensor(totals).to(device)[:, None]
             self._mask = seen[:, None, None]
             self._even = min(totals) == longest
 
