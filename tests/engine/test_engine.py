@@ -150,6 +150,18 @@ def test_a_second_prompt_finds_the_first_ones_blocks(model: Transformer) -> None
     assert engine.stats().prefix_hit_tokens == 96
 
 
+def test_a_request_of_one_token_leaves_its_blocks_to_the_next(model: Transformer) -> None:
+    """Alone, drawn together with another, and scored without any token."""
+    asked = prompts(2, low=50, high=51)
+    one = SamplingParams(max_tokens=1, temperature=0)
+    for first, count in ((one, 1), (one, 2), (SamplingParams(max_tokens=0, prompt_logprobs=0), 1)):
+        engine = Engine(model, None, config(max_num_batched_tokens=128))
+        run(engine, asked[:count], first)
+        for prompt in asked[:count]:
+            engine.add(Request("again", prompt, one))
+            assert finish(engine)["again"][-1].cached_tokens == 48
+
+
 def test_pre_empted_requests_finish_with_the_same_text(model: Transformer) -> None:
     """vllm-project/vllm#15996: 256 tokens of cache, eight requests of 64 + 64."""
     asked = prompts(8, low=64, high=65)

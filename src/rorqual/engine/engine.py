@@ -222,9 +222,8 @@ class Engine:
         deltas, at = [], 0
         for work, count, first in zip(works, counts, drawn, strict=True):
             if first is not None:
+                self.scheduler.computed(work)  # first: a token that ends the request gives its blocks back
                 delta = self._take(work.sequence, *first)
-                if not delta.finish_reason:
-                    self.scheduler.computed(work)
             else:
                 delta = self._draw(
                     work, [Drawable(logits[i], best[i], finite[i]) for i in range(at, at + count)]
@@ -303,22 +302,22 @@ class Engine:
 
     def _draw(self, work: Work, rows: list[Drawable]) -> Delta:
         """Draw the next token, and further ones as long as the guesses [G] before them were right; rows: G + 1."""
-        sequence, guesses = work.sequence, work.sequence.draft[: work.guesses]
-        delta = self._advance(sequence, rows[0])
+        guesses = work.sequence.draft[: work.guesses]
+        delta = self._advance(work, rows[0], len(guesses))
         right = 0
         while right < len(guesses) and not delta.finish_reason and delta.token_ids[-1] == guesses[right]:
             right += 1
-            delta.extend(self._advance(sequence, rows[right]))
-        if not delta.finish_reason:
-            self.scheduler.computed(work, wrong=len(guesses) - right)
+            delta.extend(self._advance(work, rows[right], len(guesses) - right))
         return delta
 
-    def _advance(self, sequence: Sequence, row: Drawable) -> Delta:
-        """Draw one token and say what is new."""
+    def _advance(self, work: Work, row: Drawable, unchecked: int) -> Delta:
+        """Draw one token and say what is new; the last `unchecked` tokens of the work are guesses that come later."""
+        sequence = work.sequence
         if not row.finite:
             return self._finish(
                 sequence, "error", error="the model gave non-finite logits: its weights or dtype overflow"
             )
+        self.scheduler.computed(work, wrong=unchecked)
         request = sequence.request
         return self._take(
             sequence, *sample(row, request.params, request.prompt_ids, sequence.completion, sequence.seed)
