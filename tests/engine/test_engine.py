@@ -150,6 +150,24 @@ def test_a_second_prompt_finds_the_first_ones_blocks(model: Transformer) -> None
     assert engine.stats().prefix_hit_tokens == 96
 
 
+def test_cached_tokens_are_those_of_the_admission_not_of_an_attempt(model: Transformer) -> None:
+    """Of 30 blocks 12 hold a prompt's beginning, when one that shares it does not fit beside a long one, which then
+    takes them: it computes its own beginning, and that is what is told."""
+    beginning = list(range(48))
+    engine = Engine(model, None, config(cache_tokens=120, max_num_seqs=4, max_num_batched_tokens=128))
+    run(engine, [[*beginning, 50]], SamplingParams(max_tokens=2, temperature=0))
+    long = SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)
+    engine.add(Request("long", [60 + i % 30 for i in range(60)], long))
+    engine.step()
+    engine.add(Request("waits", [*beginning, *range(30, 80)], GREEDY))
+    seen: list[int] = []
+    ran = engine.runner.run
+    engine.runner.run = lambda works: (
+        seen.extend(w.start for w in works if w.sequence.id == "waits") or ran(works)
+    )
+    assert finish(engine)["waits"][-1].cached_tokens == seen[0] < 48
+
+
 def test_a_request_of_one_token_leaves_its_blocks_to_the_next(model: Transformer) -> None:
     """Alone, drawn together with another, and scored without any token."""
     asked = prompts(2, low=50, high=51)

@@ -101,6 +101,10 @@ class Scheduler:
             if not count or not self._grow(sequence, count):
                 self._release(sequence)
                 break
+            if sequence.cached_tokens is None:  # now, not at an attempt before: blocks come and go
+                sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
+                self.hit_tokens += sequence.cached_tokens
+                self.query_tokens += sequence.prompt_len
             self.waiting.pop(0)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             work.append(Work(sequence, sequence.computed, count))
@@ -215,10 +219,6 @@ class Scheduler:
                 self.pool.release(sequence.blocks.pop())
         sequence.published = len(sequence.blocks)
         sequence.computed = len(sequence.blocks) * size
-        if sequence.cached_tokens is None:
-            sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)
-            self.hit_tokens += sequence.cached_tokens
-            self.query_tokens += sequence.prompt_len
 
     def _fetch(self, name: Hash) -> int | None:
         """A block filled from the store, findable from now on."""
