@@ -69,6 +69,25 @@ def test_a_conversation_finds_its_prompt_but_not_what_was_said_one_by_one(model:
     assert engine.stats().prefix_hit_tokens == len(first) // 16 * 16
 
 
+def test_what_it_said_is_not_taken_from_a_prompt_that_repeats_it(
+    fresh: Callable[[str, int], Transformer],
+) -> None:
+    """Pre-empted by the conversation's next turn, whose prompt holds its words: computed in chunks, not one by one."""
+    model, prompt = fresh("qwen", 1), {"a": list(range(20, 28))}
+    alone = run(Engine(model, config=config()), prompt, 60)["a"]
+    engine = Engine(model, config=config(cache_tokens=112, max_model_len=80))
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=3, logprobs=0)
+    engine.add(Request("a", prompt["a"], params, priority=1))
+    said: list[tuple[int, float]] = []
+    while engine.has_work():
+        said += [(p.token_id, p.logprob) for d in engine.step() if d.request_id == "a" for p in d.logprobs]
+        if len(said) == 44:
+            turn = prompt["a"] + [t for t, _ in said[:36]]
+            engine.add(Request("b", turn, SamplingParams(max_tokens=36, temperature=0)))
+    assert engine.stats().preemptions > 0
+    assert said == alone
+
+
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="speculate=2"):
         config(speculate=2)
