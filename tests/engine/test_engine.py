@@ -344,6 +344,24 @@ def test_cache_memory_is_the_formula(model: Transformer) -> None:
     assert engine.cache.bytes == 1000 * cost(model.config).cache_elements * 4
 
 
+def test_a_cache_beyond_the_memory_is_refused_before_it_is_made(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rorqual.device.available_memory", lambda: 100_000)
+    with pytest.raises(CapacityError, match=r"a cache of 1000 tokens: needs .* 100\.0 kB is available; give"):
+        Engine(model, None, config(cache_tokens=1000))
+    with pytest.raises(CapacityError, match="smaller cache_memory"):
+        Engine(model, None, config(cache_tokens=10**20))  # nor is a list made of its blocks
+    assert Engine(model, None, config(cache_tokens=100)).cache.slots == 100
+
+
+@pytest.mark.parametrize("field", ["cache_memory", "disk_cache_bytes"])
+@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
+def test_sizes_that_are_none_are_named(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{field}={value}"):
+        EngineConfig(**{field: value})
+
+
 def test_a_length_beyond_the_cache_is_refused_with_what_would_fit(model: Transformer) -> None:
     """vllm-project/vllm#2163."""
     with pytest.raises(CapacityError, match="holds 128 tokens"):

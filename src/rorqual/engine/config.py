@@ -54,6 +54,12 @@ class EngineConfig:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if not 0 < self.cache_memory < float("inf"):
+            raise ConfigError(f"cache_memory={self.cache_memory}: must be a number of bytes above 0")
+        if not self.disk_cache_bytes > 0:
+            raise ConfigError(
+                f"disk_cache_bytes={self.disk_cache_bytes}: must be above 0 (inf: as the disk allows)"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: must be at least max_num_seqs="

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rorqual.device import format_bytes, resolve_device
+from rorqual.device import format_bytes, require_memory, resolve_device
 from rorqual.engine.adapters import Adapter
 from rorqual.engine.blocks import BlockPool, Hash, root_hash
 from rorqual.engine.cache import PagedCache, token_bytes
@@ -56,12 +56,18 @@ class Engine:
         blocks = self._count_blocks(dtype)
         size = self.config.block_size
         self.max_model_len = self._choose_length(blocks * size)
-        self.pool = BlockPool(blocks)
         device = next(model.parameters()).device
         if self.config.device != "auto" and resolve_device(self.config.device).type != device.type:
             raise ConfigError(
                 f"device={self.config.device!r}: the model's weights are on {device}; move them there"
             )
+        if device.type == "cpu":  # CUDA refuses by itself
+            require_memory(
+                blocks * size * token_bytes(model.config, dtype, self.config.mtp),
+                f"a cache of {blocks * size} tokens",
+                "give the engine a smaller cache_memory or cache_tokens",
+            )
+        self.pool = BlockPool(blocks)
         self.cache = PagedCache(model.config, blocks * size, dtype, device, self.config.mtp)
         self.scheduler = Scheduler(self.pool, self.config, self._disk_cache())
         self.runner = Runner(model, self.cache, size, self.config.batch_invariant)
