@@ -13,7 +13,7 @@ ALLOWED = {
     "kernels": set(),
     "text": set(),
     "verify": set(),
-    "plan": {"model"},
+    "plan": {"checkpoint", "model"},
     "model": {"kernels"},
     "data": {"text"},
     "checkpoint": {"model", "text"},

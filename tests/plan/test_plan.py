@@ -72,6 +72,24 @@ def test_layouts_that_do_not_divide_are_refused() -> None:
         estimate(DENSE_67B, Layout(8, 1, 8), 1e12, H800)
 
 
+def test_stages_wait_for_their_first_and_last_micro_batches() -> None:
+    """1F1B: of m micro-batches and p stages, p - 1 in m + p - 1 turns of each device are idle."""
+    model = published("deepseek-v3")
+    none, some = (estimate(model, Layout(2048, p, 64), 1e12, H800, batch=2048 * 4096.0 * 2) for p in (1, 8))
+    assert none.bubble == 0
+    assert some.bubble == pytest.approx(7 / (16 + 7))
+    assert some.gpu_hours == pytest.approx(none.gpu_hours / (1 - some.bubble))
+
+
+def test_stages_without_a_layer_and_pipelines_without_rows_are_refused() -> None:
+    with pytest.raises(ConfigError, match="pipeline=64: the model has 61 layers"):
+        estimate(published("deepseek-v3"), Layout(2048, 64, 32), 1e12, H800)
+    with pytest.raises(
+        ConfigError, match=r"batch=4.1e\+06: fewer rows of 4096 a step than the 2048 pipelines"
+    ):
+        estimate(DENSE_67B, Layout(2048), 1e12, H800, batch=4.1e6)
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpus", "2048", "--model", "deepseek-v3", "--tokens", "14.8e12", "--fp8"]) == 0
     out = capsys.readouterr().out
@@ -79,6 +97,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out
     assert main(["plan", "--gpus", "8", "--model", "deepseek-v2-lite", "--tokens", "0"]) == 2
     assert "tokens=0" in capsys.readouterr().err
+    assert main(["plan", "--gpus", "8", "--model", "deepseek-v2-lite", "--tokens", "nan"]) == 2
+    assert "tokens=nan" in capsys.readouterr().err
     assert (
         main(["plan", "--gpus", "8", "--model", "deepseek-v2-lite", "--tokens", "1e9", "--device", "abacus"])
         == 2

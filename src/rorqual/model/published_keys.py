@@ -242,9 +242,8 @@ def write(c: ModelConfig) -> dict[str, Any]:
             tree[f.name] = list(value) if isinstance(value, tuple) else value
     tree["hidden_act"] = "silu"
     if c.num_experts_per_tok == 1 and "norm_topk_prob" in tree:
-        tree["norm_topk_prob"] = (
-            False  # DeepSeek's code leaves the weight of an only expert alone, transformers makes it 1
-        )
+        # DeepSeek's code leaves the weight of an only expert alone, transformers makes it 1.
+        tree["norm_topk_prob"] = False
     rope = {k: v for k, v in dataclasses.asdict(c.rope).items() if v is not None}
     scaled = {"rope_theta", "rope_type", "factor", "mscale", "mscale_all_dim"}
     bounds = {"low_freq_factor", "high_freq_factor"}

@@ -1,9 +1,11 @@
 """The cost model of a training run on many devices; ARCHITECTURE.md derives it and shows its errors.
 
 Compute: FLOPs over the device's peak, at DENSE of it for wide products and attention; products of experts of width w
-reach w / (w + HALF) of that. Traffic between experts' devices hides behind compute as far as it is no longer. DENSE comes
-from DeepSeek's 67B model (300.6K H800 hours for 1e12 tokens) and HALF from V2 (172.8K hours), both in arXiv 2405.04434,
-section 3.2.3; V3 (180K hours, arXiv 2412.19437) had no part in them and is the check.
+reach w / (w + HALF) of that. P pipeline stages wait P - 1 of a step's micro-batches (1F1B). What is recomputed costs no
+time of its own: DeepSeek's runs recompute the cheap parts, and their shares of the peak have that in them. Traffic
+between experts' devices hides behind compute as far as it is no longer. DENSE comes from DeepSeek's 67B model (300.6K
+H800 hours for 1e12 tokens) and HALF from V2 (172.8K hours), both in arXiv 2405.04434, section 3.2.3; V3 (180K hours,
+arXiv 2412.19437) had no part in them and is the check.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from rorqual.model.config import ModelConfig
 from rorqual.model.cost import Cost, cost
 from rorqual.plan.device import Device
 
-DENSE = 0.395
-HALF = 1955.0
+DENSE = 0.4672
+HALF = 2377.0
+BATCH = 9216 * 4096.0  # tokens a step, as V2 had them
 ACTIVATION_BYTES = (
     34  # of one layer, a token and an element of its width, without recomputation (arXiv 2205.05198)
 )
@@ -50,6 +53,7 @@ class Plan:
     tokens: float
     flops: float  # a token
     compute: float  # device seconds a token
+    bubble: float  # share of a step's time that pipeline stages wait
     traffic: float  # bytes that a token sends between experts' devices, forward and backward
     sending: float  # device seconds a token, as far as not hidden
     memory: dict[str, float]  # bytes of a device, by what
@@ -57,7 +61,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        return self.tokens * max(self.compute, self.sending) / 3600
+        return self.tokens * max(self.compute, self.sending) / (1 - self.bubble) / 3600
 
     @property
     def days(self) -> float:
@@ -66,7 +70,7 @@ class Plan:
     @property
     def utilisation(self) -> float:
         """Model FLOPs over the bfloat16 peak."""
-        return self.flops / max(self.compute, self.sending) / self.device.bf16
+        return self.flops * (1 - self.bubble) / max(self.compute, self.sending) / self.device.bf16
 
     @property
     def bytes(self) -> float:
@@ -82,8 +86,20 @@ def estimate(
     micro_batch: int = 1,
     fp8: bool = False,
     recompute: bool = True,
+    batch: float = BATCH,
 ) -> Plan:
-    """Raises ConfigError for experts that do not spread evenly and for products the device does not have."""
+    """`batch`: tokens a step. Raises ConfigError for stages without a layer, for experts that do not spread evenly, for
+    fewer rows a step than pipelines, and for products the device does not have."""
+    if layout.pipeline > config.num_hidden_layers:
+        raise ConfigError(
+            f"pipeline={layout.pipeline}: the model has {config.num_hidden_layers} layers; a stage needs one"
+        )
+    micro_batches = batch / (length * micro_batch) / (layout.gpus / layout.pipeline)
+    if micro_batches < 1:
+        raise ConfigError(
+            f"batch={batch:g}: fewer rows of {length} a step than the {layout.gpus // layout.pipeline} pipelines; take a "
+            "larger batch or more stages"
+        )
     if layout.expert > 1 and not config.n_routed_experts:
         raise ConfigError(f"expert={layout.expert}: this model has no experts; leave it 1")
     if config.n_routed_experts % layout.expert:
@@ -110,7 +126,11 @@ def estimate(
     traffic = _traffic(config, layout, moe_layers, fp8)
     link = device.inside if layout.expert <= device.per_node else device.between
     memory = _memory(config, bill, layout, moe_layers, length * micro_batch, recompute)
-    return Plan(layout, tokens, wide + narrow + attention, compute, traffic, traffic / link, memory, device)
+    wait = layout.pipeline - 1
+    bubble = wait / (micro_batches + wait)
+    return Plan(
+        layout, tokens, wide + narrow + attention, compute, bubble, traffic, traffic / link, memory, device
+    )
 
 
 def _traffic(config: ModelConfig, layout: Layout, moe_layers: int, fp8: bool) -> float:
@@ -147,21 +167,28 @@ def _memory(
     }
 
 
-def fit(config: ModelConfig, gpus: int, tokens: float, device: Device, **more: bool | int) -> Plan:
+def fit(config: ModelConfig, gpus: int, tokens: float, device: Device, **more: bool | float) -> Plan:
     """The plan of the fewest pipeline stages that fits: experts within a node first, then over nodes. Raises ConfigError
     where none does."""
     spreads = [1, *(n * device.per_node for n in (1, 2, 4, 8))] if config.n_routed_experts else [1]
     spreads = [e for e in spreads if config.n_routed_experts % e == 0]
     tightest: Plan | None = None
+    refused: ConfigError | None = None
     for stages in (1, 2, 4, 8, 16, 32):
         for expert in spreads:
             if gpus % (stages * expert) or stages > config.num_hidden_layers:
                 continue
-            plan = estimate(config, Layout(gpus, stages, expert), tokens, device, **more)  # type: ignore[arg-type]
+            try:
+                plan = estimate(config, Layout(gpus, stages, expert), tokens, device, **more)  # type: ignore[arg-type]
+            except ConfigError as e:
+                refused = e  # more stages may have rows enough
+                continue
             if plan.bytes <= 0.92 * device.memory:  # the rest is the allocator's and the links' buffers
                 return plan
             if tightest is None or plan.bytes < tightest.bytes:
                 tightest = plan
+    if tightest is None and refused is not None:
+        raise refused
     if tightest is None:
         raise ConfigError(
             f"gpus={gpus}: no layout of this model divides it; try a multiple of {device.per_node}"
