@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from rorqual.checkpoint import hf
+from rorqual.checkpoint.inspect import inspect
 from rorqual.checkpoint.tensors import TensorFile, write_tensors
+from rorqual.cli import main
 from rorqual.engine import packed_folder, quantize
 from rorqual.engine.config import EngineConfig
 from rorqual.engine.engine import Engine
 from rorqual.engine.llm import load_any
 from rorqual.engine.quantised import QuantEmbedding, QuantExperts, QuantLinear
+from rorqual.engine.quantize_command import read_text
 from rorqual.engine.request import Request, SamplingParams
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.kernels.quantised import Format
@@ -221,3 +224,41 @@ def test_bits_a_weight_by_hand(fresh) -> None:
     total = sum(p.numel() for p in model.parameters())
     norms = 2 * (32 + 32 + 8 + 8) + 32
     assert quantize.bits_a_weight(model.config, formats) == pytest.approx(8.5 + 7.5 * norms / total)
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("q", ["--tokens", "-5"], "tokens=-5: must be 256 or more"),
+        ("q", ["--text", "missing"], "missing: No such file"),
+        ("q", ["--text", "."], "Is a directory"),
+        ("q", ["--text", "binary"], "not UTF-8"),
+        ("binary/q", [], "binary/q: cannot be made"),
+        ("/proc/nope/q", [], "/proc/nope/q: cannot be made"),
+        ("binary", [], "exists already"),
+    ],
+)
+def test_what_the_command_cannot_do_is_said_before_the_model_is_loaded(
+    out: str,
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rorqual.checkpoint.loaded.load", lambda *_: pytest.fail("loaded"))
+    Path("binary").write_bytes(b"\xff\xfe\x00")
+    assert main(["quantize", "model", out, *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_more_of_a_text_is_read_than_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("word " * 100_000)
+    assert len(read_text(tmp_path / "long.txt", 256)) == 2 * 256 * 32
+
+
+def test_a_quantised_folder_is_no_problem(folder: Path) -> None:
+    report = inspect(folder)
+    assert report.problems == []
+    assert report.kind == "folder of rorqual quantize"

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from rorqual.checkpoint import gguf, hf
+from rorqual.checkpoint.files import require_place
 from rorqual.checkpoint.loaded import locate
 from rorqual.device import resolve_dtype
 from rorqual.errors import CheckpointError
@@ -19,8 +20,7 @@ def convert(source: Path, out: Path, dtype: str = "auto", drop_mtp: bool = False
 
     Raises CheckpointError for what cannot be read or exported (our extensions) and where `out` exists.
     """
-    if out.exists():
-        raise CheckpointError(f"{out.resolve()}: exists already; remove it or choose another folder")
+    require_place(out)
     where = locate(source)
     wanted = None if dtype == "auto" else resolve_dtype(dtype)
     if where.suffix == ".gguf":

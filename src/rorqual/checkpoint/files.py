@@ -11,6 +11,19 @@ from pathlib import Path
 from rorqual.errors import CheckpointError
 
 
+def require_place(target: Path) -> None:
+    """Refuse, before the work for it begins, a folder that exists or cannot be made; its parents are made."""
+    target = Path(os.path.abspath(target))
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already; remove it or choose another folder")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise CheckpointError(f"{target}: cannot be made ({e.strerror or e}); choose another folder") from e
+    if not os.access(target.parent, os.W_OK):
+        raise CheckpointError(f"{target}: {target.parent} cannot be written to; choose another folder")
+
+
 @contextmanager
 def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `target`; it takes the name once everything in it is on the disk.
@@ -19,13 +32,12 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     half-written has the name.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not replace:
-        raise CheckpointError(f"{target}: exists already; remove it or choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not (replace and target.exists()):
+        require_place(target)
     work = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
     try:
+        work.mkdir()
         yield work
         take_name(work, target)
     except OSError as e:

@@ -19,6 +19,7 @@ from rorqual.errors import CheckpointError
 
 DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE = "_scale_inv"
+PACKED = "rorqual"  # the quant_method of `rorqual quantize`, whose folders the engine alone reads
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ def scheme(config: Mapping[str, Any] | None) -> Scheme | None:
     if not config:
         return None
     method = config.get("quant_method")
-    if method == "rorqual":
+    if method == PACKED:
         raise CheckpointError(
-            "quantization_config quant_method='rorqual': packed for the engine; use rorqual.LLM, chat or serve"
+            f"quantization_config quant_method={PACKED!r}: packed for the engine; use rorqual.LLM, chat or serve"
         )
     if method != "fp8":
         raise CheckpointError(

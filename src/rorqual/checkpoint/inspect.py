@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rorqual.checkpoint import gguf, hf
+from rorqual.checkpoint import fp8, gguf, hf
 from rorqual.checkpoint.loaded import check_vocabulary, locate
 from rorqual.checkpoint.pieces import Pieces
 from rorqual.device import available_memory, format_bytes
@@ -100,7 +100,12 @@ def _inspect_folder(folder: Path, report: Report) -> None:
             whole = (f.entries[n] for n, f in weights.where.items())
             report.tensors = _count((str(e.dtype).removeprefix("torch."), e.size) for e in whole)
             report.facts["files"] = len(weights.files)
-            if config is not None:
+            if config is not None and _is_packed(config):
+                report.kind = "folder of rorqual quantize"
+                report.plan.append(
+                    "run from the packed weights, which are compared with config.json when loaded"
+                )
+            elif config is not None:
                 hf.check(config, weights)
                 if config.quantization_config:
                     report.plan.append("dequantise float8 blocks when loaded")
@@ -143,12 +148,16 @@ def _describe(config: ModelConfig, report: Report) -> None:
     }
     needed, there = c.weight_bytes(16), available_memory()
     report.facts["memory"] = f"{format_bytes(needed)} in bfloat16, {format_bytes(there)} available"
-    if needed > there:
+    if needed > there and not _is_packed(config):
         report.plan.append(
             f"refuse to load in bfloat16: {format_bytes(needed - there)} more memory is needed"
         )
     if config.extensions:
         report.plan.append(f"run, but not export to other programs: {', '.join(config.extensions)}")
+
+
+def _is_packed(config: ModelConfig) -> bool:
+    return (config.quantization_config or {}).get("quant_method") == fp8.PACKED
 
 
 def _count(pairs: Any) -> dict[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rorqual.checkpoint import gguf, hf
+from rorqual.checkpoint import fp8, gguf, hf
 from rorqual.checkpoint.files import whole_folder
 from rorqual.checkpoint.names import persistent_buffers, published_name
 from rorqual.checkpoint.tensors import TensorFile, write_tensors
@@ -28,7 +28,7 @@ from rorqual.model.config import ModelConfig
 from rorqual.model.layers import SwiGLU
 from rorqual.model.transformer import Transformer
 
-METHOD, VERSION = "rorqual", 1
+METHOD, VERSION = fp8.PACKED, 1
 
 
 def is_quantised(config: Mapping[str, Any]) -> bool:

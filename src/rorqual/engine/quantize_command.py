@@ -34,17 +34,20 @@ class QuantizeOptions:
 
 def quantize(argv: Sequence[str]) -> int:
     options = tyro.cli(QuantizeOptions, args=list(argv), prog="rorqual quantize")
+    from rorqual.checkpoint.files import require_place
     from rorqual.checkpoint.loaded import load, locate
     from rorqual.engine import packed_folder
     from rorqual.engine import quantize as scheme
-    from rorqual.errors import CheckpointError
+    from rorqual.errors import ConfigError
 
-    if options.out.exists():
-        raise CheckpointError(f"{options.out.resolve()}: exists already; remove it or choose another folder")
+    if options.tokens < 256:
+        raise ConfigError(f"tokens={options.tokens}: must be 256 or more")
+    text = read_text(options.text, options.tokens)
+    require_place(options.out)
     loaded = load(options.model, "float32")
     model, config = loaded.model, loaded.config
     formats = scheme.formats(model, options.bits, options.group, options.head)
-    rows = text_rows(loaded.tokenizer, options.text, options.tokens)
+    rows = text_rows(loaded.tokenizer, text, options.tokens)
     before = None if rows is None else perplexity(model, rows[1])
     importance = scheme.calibrate(model, rows[0]) if rows is not None and options.calibrate else None
     scheme.quantize(model, formats, importance)
@@ -59,10 +62,25 @@ def quantize(argv: Sequence[str]) -> int:
     return 0
 
 
-def text_rows(tokenizer: object, path: Path | None, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(calibration rows, evaluation rows) of 256 tokens [B, 256]; None without a tokenizer."""
+def read_text(path: Path | None, tokens: int) -> str:
+    """As much of a text file as twice so many tokens can take; Python's own source without one."""
     import inspect
 
+    from rorqual.errors import DataError
+
+    if path is None:
+        return inspect.getsource(inspect)
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(2 * tokens * 32)  # 32 letters: far more than a token has on average
+    except OSError as e:
+        raise DataError(f"text={path.resolve()}: {e.strerror}; give a text file") from e
+    except UnicodeDecodeError as e:
+        raise DataError(f"text={path.resolve()}: not UTF-8 ({e.reason}); give a text file") from e
+
+
+def text_rows(tokenizer: object, text: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(calibration rows, evaluation rows) of 256 tokens [B, 256]; None without a tokenizer."""
     import torch
 
     from rorqual.errors import DataError
@@ -70,10 +88,9 @@ def text_rows(tokenizer: object, path: Path | None, tokens: int) -> tuple[torch.
 
     if not isinstance(tokenizer, Tokenizer):
         return None
-    text = inspect.getsource(inspect) if path is None else path.read_text(encoding="utf-8")
     ids = tokenizer.encode(text)[: 2 * tokens]
     if len(ids) < 512:
-        raise DataError(f"text={path}: {len(ids)} tokens; at least 512 are needed")
+        raise DataError(f"text: {len(ids)} tokens; at least 512 are needed, give a longer one")
     rows = torch.tensor(ids[: len(ids) // 256 * 256]).view(-1, 256)
     return rows[: len(rows) // 2], rows[len(rows) // 2 :]
 
