@@ -104,6 +104,16 @@ def test_a_position_of_another_shape_is_refused(numbered: Path) -> None:
         loader(numbered, seed=1).load_state_dict(state)
 
 
+def test_a_set_that_was_built_again_is_not_gone_on_with(numbered: Path, tmp_path: Path) -> None:
+    """As many tokens and documents, but others; a position from before the sets were kept is taken."""
+    state = loader(numbered).state_dict()
+    other = make_set(tmp_path / "other", [[i + 1] * (3 + i) for i in range(20)])
+    with pytest.raises(DataError, match=f"{other}: not the tokens of the saved position"):
+        loader(other).load_state_dict(state)
+    del state["sets"]
+    loader(other).load_state_dict(state)
+
+
 def test_weights_and_stages_mix_sets(tmp_path: Path) -> None:
     a = make_set(tmp_path / "a", [[1] * 400])
     b = make_set(tmp_path / "b", [[2] * 400])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from rorqual.checkpoint import hf
+from rorqual.checkpoint import fp8, hf
+from rorqual.checkpoint.tensors import TensorFile, write_tensors
 from rorqual.errors import CheckpointError, ConfigError, DataError, NumericsError, RunError
 from rorqual.train import checkpoint, folders
 from rorqual.train.config import Optim, TrainConfig
@@ -22,6 +24,7 @@ from rorqual.train.stop import exit_code
 from rorqual.train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
+SMALL = {"depth": 2, "width": 32, "heads": 2, "experts": 4, "experts_per_token": 2}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -301,6 +304,43 @@ def test_what_does_not_fit_is_said_before_work(
     with pytest.raises(CheckpointError, match=r"config\.json"):
         train(make_config(out=other, init_from=tmp_path / "nope", shape={}), show=silent)
     assert not (other / "checkpoints").exists()
+
+
+def test_a_run_from_8_bit_weights_is_resumed(make_config: Make, tmp_path: Path, silent: Any) -> None:
+    """What it begins with is quantised, its own checkpoints are not."""
+    base = train(make_config(shape=SMALL, steps=1), show=silent).folder
+    file = TensorFile(base / "model.safetensors")
+    tensors = {n: file.read(n) for n in file.entries}
+    name = "model.layers.0.self_attn.o_proj.weight"
+    tensors[name], tensors[name + fp8.SCALE] = fp8.quantize(tensors[name], (128, 128))
+    write_tensors(base / "model.safetensors", sorted(tensors.items()))
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (base / "config.json").write_text(json.dumps(config))
+    more: dict[str, Any] = {"out": tmp_path / "on", "init_from": base, "shape": {}, "steps": 2}
+    train(make_config(stop_at=1, **more), show=silent)
+    assert train(make_config(**more), resume=True, show=silent).step == 2
+
+
+def test_ids_of_another_tokenizer_are_refused(
+    make_config: Make, token_set: Path, tmp_path: Path, silent: Any
+) -> None:
+    """As many tokens, but two of them stand for each other's text: among the sets, and in the model to go on from."""
+    other = shutil.copytree(token_set, tmp_path / "other")
+    tree = json.loads((other / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = tree["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tree), encoding="utf-8")
+    with pytest.raises(DataError, match=f"{token_set}: its tokenizer is not that of {other}"):
+        train(make_config(data=(token_set, other)), show=silent)
+    base = train(make_config(steps=1), show=silent).folder
+    more: dict[str, Any] = {"init_from": base, "shape": {}, "steps": 1}
+    with pytest.raises(DataError, match=f"{other}: its tokenizer is not that of {base}"):
+        train(make_config(out=tmp_path / "on", data=(other,), **more), show=silent)
+    (base / "tokenizer.json").write_text(
+        json.dumps(json.loads((base / "tokenizer.json").read_text()), indent=1)
+    )
+    train(make_config(out=tmp_path / "on", **more), show=silent)  # written otherwise, it is the same
 
 
 def test_checkpoints_beyond_the_last_few_are_dropped(make_config: Make, silent: Any) -> None:

@@ -176,12 +176,14 @@ class Loader:
             "batch_size": self.batch_size * self.world,
             "seq_len": self.seq_len,
             "seed": self.config.seed,
+            "sets": [rows.tokens.fingerprint for rows in self.rows],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position. The number of ranks may have changed while the batch of all of them has not.
 
-        Raises ConfigError where batch, row length, seed or sets differ: samples would be lost or repeated.
+        Raises ConfigError where batch, row length, seed or the number of sets differ, DataError where the tokens do:
+        samples would be lost or repeated, or ids mean something else.
         """
         own = self.state_dict()
         for key in ("batch_size", "seq_len", "seed"):
@@ -191,6 +193,14 @@ class Loader:
                 )
         if len(state["drawn"]) != len(self.drawn):
             raise ConfigError(f"loader: {len(self.drawn)} sets, the saved position has {len(state['drawn'])}")
+        for folder, ours, saved in zip(
+            self.config.sets, own["sets"], state.get("sets", own["sets"]), strict=True
+        ):
+            if ours != saved:
+                raise DataError(
+                    f"{Path(folder).resolve()}: not the tokens of the saved position, the set was built again; "
+                    "put the old one back, or start another run folder"
+                )
         self.step, self.drawn = int(state["step"]), [int(n) for n in state["drawn"]]
 
     def _weights(self) -> tuple[float, ...]:

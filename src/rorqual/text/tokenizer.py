@@ -6,6 +6,7 @@ A folder's special ids come from tokenizer_config.json, generation_config.json a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -107,6 +108,13 @@ class Tokenizer:
     def to_json(self) -> str:
         """The pipeline as the text of a tokenizer.json."""
         return self._pipeline.to_str(pretty=False)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of vocabulary and merges: what decides which text an id stands for."""
+        model = json.loads(self._pipeline.to_str())["model"]
+        kept = [model.get("vocab"), model.get("merges")]
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str, add_bos: bool | None = None, special: bool = True) -> list[int]:
         """Token ids of a text. BOS comes first where asked (None: as the tokenizer does by itself) and only

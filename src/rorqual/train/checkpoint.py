@@ -144,8 +144,11 @@ def restore(
 ) -> tuple[dict[str, Tensor], Saved]:
     """(model tensors, the rest) of a checkpoint; torch's random state is set. `boxes`: which part of a tensor is wanted,
     where it is not the whole. Raises RunError where its model is another than `config`."""
-    found = hf.load_config(folder)
-    if dataclasses.replace(found, quantization_config=None) != config:
+    # A checkpoint is never quantised, whatever the run began with.
+    found, config = (
+        dataclasses.replace(c, quantization_config=None) for c in (hf.load_config(folder), config)
+    )
+    if found != config:
         ours, theirs = config.to_hf(), found.to_hf()
         key = next((k for k in sorted({*ours, *theirs}) if ours.get(k) != theirs.get(k)), "config")
         raise RunError(

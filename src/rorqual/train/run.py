@@ -60,6 +60,7 @@ def train(config: TrainConfig, resume: bool = False, show: View | None = None) -
         read_meta(folder)
     tokenizer = Tokenizer.load(config.data[0])
     shape = model_config(config, tokenizer)
+    check_tokenizers(config, tokenizer)
     _, world = world_of()
     config.parallel.check(world, config.batch_size, shape)
     if config.compile and world > 1:
@@ -164,6 +165,20 @@ def model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
             f"with extend_context={config.seq_len}"
         )
     return found if config.extend_context is None else extended(found, config.extend_context)
+
+
+def check_tokenizers(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raises DataError where a set, or the model to go on from, has another tokenizer than the first set: with as many
+    tokens it would train, on ids that stand for other text."""
+    others = list(config.data[1:])
+    if config.init_from is not None and (config.init_from / "tokenizer.json").is_file():
+        others.append(config.init_from)
+    for folder in others:
+        if Tokenizer.load(folder).digest != tokenizer.digest:
+            raise DataError(
+                f"{config.data[0].resolve()}: its tokenizer is not that of {folder.resolve()}; build the data with "
+                f"--tokenizer {folder}"
+            )
 
 
 def begin_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
