@@ -111,9 +111,7 @@ class Trainer:
         tensors = dict(saved.tensors)
         adapters = {n: tensors.pop(f"adapter.{n}") for n, _ in self._adapters()}
         if adapters:
-            # The saved weights have them merged: only the buffers (selection biases) are the run's own.
-            buffers = dict(self.model.named_buffers())
-            weights = adapters | {n: t for n, t in weights.items() if n in buffers}
+            weights = adapters  # the saved ones have them merged, and what is beneath them does not change
         if self.mesh.world == 1:
             self.model.load_state_dict(weights, strict=not adapters)
         else:
@@ -248,9 +246,11 @@ class Trainer:
         return None if self.mesh.world == 1 else float(gradient_norm(self.model, self.layout))
 
     def _balance(self, loads: dict[int, Tensor]) -> None:
-        """Loss-free balancing, once a step, with the counts of the whole step (pytorch/torchtitan#1304)."""
+        """Loss-free balancing, once a step, with the counts of the whole step (pytorch/torchtitan#1304). Beneath adapters
+        it stays as it is: they are for the model that they were begun on."""
         for layer, router in self.model.routers():
-            if router.e_score_correction_bias is not None and layer in loads:
+            trained = router.weight.requires_grad
+            if trained and router.e_score_correction_bias is not None and layer in loads:
                 update_selection_bias(
                     router.e_score_correction_bias, loads[layer], self.config.optim.bias_speed
                 )
