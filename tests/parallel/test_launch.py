@@ -132,6 +132,48 @@ def test_processes_that_always_die_are_given_up(tmp_path: Path, monkeypatch: pyt
     assert starts == [0, 1] * 3
 
 
+def program(monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
+    """Processes run `text`, which knows its `rank`, in place of training; the ranks that were started."""
+    starts: list[int] = []
+
+    def start_one(team: launch._Team, rank: int, port: int) -> subprocess.Popen[bytes]:
+        starts.append(rank)
+        return subprocess.Popen([sys.executable, "-c", f"import sys, time; rank = {rank}; {text}"])
+
+    monkeypatch.setattr(launch._Team, "_start", start_one)
+    return starts
+
+
+def test_the_first_may_write_its_report_as_long_as_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = program(monkeypatch, "time.sleep(0.5 * (rank == 0))")
+    monkeypatch.setattr(launch, "GRACE", 0.01)
+    assert launch.launch(2, [], tmp_path) == 0
+    assert starts == [0, 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_started_again_after_a_signal(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    """Processes that cannot listen yet die of it."""
+    starts = program(monkeypatch, "time.sleep(60)")
+    honest = launch._free_port
+
+    def asked() -> int:
+        signal.raise_signal(number)  # the earliest moment: none is there to hear it
+        return honest()
+
+    monkeypatch.setattr(launch, "_free_port", asked)
+    assert launch.launch(2, [], tmp_path) == {signal.SIGTERM: 75, signal.SIGINT: 130}[number]
+    assert starts == [0, 1]
+    assert f"left, as {number.name} asked" in capsys.readouterr().err
+
+
 def test_it_runs_under_torchrun(token_set: Path, tmp_path: Path) -> None:
     """The same command line, started by torch's own launcher."""
     out = tmp_path / "run"

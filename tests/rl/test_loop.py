@@ -14,6 +14,7 @@ from rorqual.errors import ConfigError, NumericsError, RorqualError, RunError
 from rorqual.rl.config import Guard, RLConfig, Sampling, TaskMix
 from rorqual.rl.problems import Mix
 from rorqual.rl.run import reinforce
+from rorqual.train import checkpoint
 from rorqual.train.metrics import read
 from rorqual.train.shape import Shape
 from rorqual.train.trainer import Result
@@ -69,6 +70,27 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert_same(whole, rest)
     ours = [(x["step"], x.get("reward"), x.get("accuracy")) for x in read(tmp_path / "whole")]
     assert ours == [(x["step"], x.get("reward"), x.get("accuracy")) for x in read(tmp_path / "parts")]
+
+
+def test_signals_while_the_last_checkpoint_is_written_cost_nothing(
+    make_config: Make, silent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = checkpoint.write_tensors
+
+    def interrupted(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        honest(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", interrupted)
+    unheard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: unheard.append(number))
+    try:
+        result = reinforce(make_config(steps=1, save_every=100), show=silent)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not unheard
+    assert result.stopped is None
+    assert (make_config().out / "report.html").is_file()
 
 
 @pytest.mark.usefixtures("generous")

@@ -1,5 +1,6 @@
 """Runs that stop, go on, skip and go back."""
 
+import importlib
 import json
 import math
 import shutil
@@ -159,6 +160,30 @@ def test_three_in_a_row_go_back_and_pass_over_the_data(
     assert state["loader"]["step"] == 8 + 3  # the rows that broke it were not drawn again
 
 
+@pytest.mark.parametrize("at", [5, 7], ids=["stopped", "at the end"])
+def test_weights_that_are_not_finite_are_never_saved(
+    make_config: Make, silent: Any, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """An update of a finite gradient throws a weight too far, in the last step or the one before a signal."""
+    honest, thrown = Trainer.one_step, [False]
+
+    def throwing(self: Trainer) -> Any:
+        update = honest(self)
+        if self.step == at + 1 and not thrown[0]:
+            thrown[0] = True
+            with torch.no_grad():
+                self.params[0].fill_(float("inf"))
+            if at == 5:
+                signal.raise_signal(signal.SIGTERM)
+        return update
+
+    monkeypatch.setattr(Trainer, "one_step", throwing)
+    result = train(make_config(save_every=3), show=silent)
+    assert result.step == (3 if at == 5 else 8)
+    assert all(t.isfinite().all() for t in weights(result.folder).values())
+    assert any("weights are not finite; back to step" in said for said in silent.said)
+
+
 def test_it_ends_where_going_back_does_not_help(
     make_config: Make, silent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +283,32 @@ def test_a_signal_during_the_last_step_finds_the_run_finished(
     monkeypatch.setattr(Trainer, "one_step", interrupted)
     assert train(make_config(), show=silent).stopped is None
     assert "heldout_bpb" in silent.lines[-1]
+
+
+@pytest.mark.parametrize(
+    "writes", ["rorqual.train.checkpoint.write_tensors", "rorqual.train.run.write_report"]
+)
+def test_signals_while_the_end_is_written_cost_nothing(
+    make_config: Make, silent: Any, monkeypatch: pytest.MonkeyPatch, writes: str
+) -> None:
+    package, _, name = writes.rpartition(".")
+    honest = getattr(importlib.import_module(package), name)
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        return honest(*arguments)
+
+    monkeypatch.setattr(writes, interrupted)
+    unheard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: unheard.append(number))
+    try:
+        result = train(make_config(steps=1), show=silent)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not unheard
+    assert (result.step, result.stopped) == (1, None)
+    assert (make_config().out / "report.html").is_file()
 
 
 def test_a_folder_in_use_or_used_is_refused(make_config: Make, silent: Any) -> None:

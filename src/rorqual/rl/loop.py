@@ -89,13 +89,13 @@ class Loop:
         """The step at which the run ends; unknown while the cold start is under way."""
         return None if self.taught is None else self.taught + self.config.steps
 
-    def run(self, view: View) -> Result:
+    def run(self, view: View, stop: Stop) -> Result:
         """To the last step, the goal or a signal; a checkpoint is written either way."""
         c = self.config
         checkpoint.clean(c.out, self.step)
         checkpoint.clean(c.out / BEST, self.step)
         reached = False
-        with Stop() as stop, Log(c.out, self.step) as log:
+        with Log(c.out, self.step) as log:
             if self.step == 0 and c.model is not None:
                 line: dict[str, Any] = {"step": 0, "phase": "before", "seconds": 0.0} | self._judged(True)
                 log.write(line)

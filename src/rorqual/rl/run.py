@@ -24,6 +24,7 @@ from rorqual.train.allocator import keep_freed_memory
 from rorqual.train.lock import Lock
 from rorqual.train.metrics import View
 from rorqual.train.run import HEAD_SCALE, settle
+from rorqual.train.stop import Stop
 from rorqual.train.trainer import Result
 from rorqual.verify.interval import wilson
 
@@ -61,10 +62,11 @@ def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) 
             if found is not None:
                 loop.resume(found)
                 show.say(f"going on from step {loop.step}")
-            result = loop.run(show)
+            with Stop() as stop:  # until the report is written: a signal that comes late costs neither
+                result = loop.run(show, stop)
+                write_report(config, cost(model.config))
         finally:
             show.close()
-        write_report(config, cost(model.config))
     return result
 
 

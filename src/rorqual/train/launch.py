@@ -18,16 +18,18 @@ from types import FrameType
 from rorqual.errors import RunError
 from rorqual.parallel.environment import RESTARTS
 from rorqual.train import folders
+from rorqual.train.stop import exit_code
 
 ATTEMPTS = 3  # starts without a new checkpoint before the run is given up
-GRACE = 5.0  # seconds for the others to end by themselves, once one has
-ENDS = (0, 2, 75, 130)  # exit codes of a process that knew what it did
+GRACE = 5.0  # seconds for the others to end by themselves, once one has failed
+DONE = (0, 75, 130)  # exit codes of a process that came to its end: the first one may still write the report
+ENDS = (2, *DONE)  # and of one that knew why it could not
 LOGS = "workers"  # what all but the first process say, in the run's folder
 
 
 def launch(processes: int, argv: Sequence[str], out: Path) -> int:
-    """Run `rorqual train ARGV` in so many processes; returns the exit code of the run. Raises RunError where processes
-    die again and again before the next checkpoint."""
+    """Run `rorqual train ARGV` in so many processes; returns the exit code of the run. After a signal nothing is started
+    again. Raises RunError where processes die again and again before the next checkpoint."""
     team = _Team(processes, argv, out)
     before, attempts = folders.steps(out), 0
     with _Forward(team):
@@ -35,6 +37,9 @@ def launch(processes: int, argv: Sequence[str], out: Path) -> int:
             code = team.run()
             if code in ENDS:
                 return code
+            if team.asked is not None:
+                print(f"{team.fate}; left, as {team.asked.name} asked", file=sys.stderr, flush=True)
+                return exit_code(team.asked)
             there = folders.steps(out)
             attempts = 1 if there != before else attempts + 1
             before = there
@@ -56,14 +61,17 @@ class _Team:
         self.starts = 0
         self.fate = ""  # of the process that died
         self.dead = 0
+        self.asked: signal.Signals | None = None
 
     def run(self) -> int:
         """Start all; the exit code that stands for the run: one of ENDS, or another where a process died."""
         port = _free_port()
         self.processes = [self._start(rank, port) for rank in range(self.size)]
         self.starts += 1
+        if self.asked is not None:  # while they were started
+            self.tell(self.asked)
         try:
-            while all(p.poll() is None for p in self.processes):
+            while not self._failed() and any(p.returncode is None for p in self.processes):
                 time.sleep(0.02)
             died = next((p for p in self.processes if p.returncode not in (None, *ENDS)), None)
             if died is not None:
@@ -76,7 +84,7 @@ class _Team:
                 self.dead = self.processes.index(died)
                 self.fate = f"process {self.dead} {_fate(died.returncode)}"
             self._wait(GRACE)
-            codes = [p.returncode for p in self.processes]
+            codes = [p.returncode for p in self.processes if p.returncode is not None]
             return 2 if 2 in codes else next((c for c in codes if c not in ENDS), codes[0])
         finally:
             for p in self.processes:
@@ -88,6 +96,16 @@ class _Team:
         """Of the process that died."""
         path = self.out / LOGS / f"rank-{self.dead}.log"
         return path.read_text(errors="replace")[-2000:] if path.is_file() else "(see above)"
+
+    def tell(self, number: signal.Signals) -> None:
+        """Send a signal to all that run."""
+        self.asked = number
+        for p in self.processes:
+            if p.poll() is None:
+                p.send_signal(number)
+
+    def _failed(self) -> bool:
+        return any(p.poll() not in (None, *DONE) for p in self.processes)
 
     def _start(self, rank: int, port: int) -> subprocess.Popen[bytes]:
         threads = str(max(1, len(os.sched_getaffinity(0)) // self.size)) if sys.platform == "linux" else "1"
@@ -135,9 +153,7 @@ class _Forward:
             signal.signal(s, handler)
 
     def _take(self, number: int, _: FrameType | None) -> None:
-        for p in self.team.processes:
-            if p.poll() is None:
-                p.send_signal(number)
+        self.team.tell(signal.Signals(number))
 
 
 def end_with_parent(number: signal.Signals) -> Callable[[], None]:

@@ -33,6 +33,7 @@ from rorqual.train.metrics import NoView, View
 from rorqual.train.optim import flops
 from rorqual.train.report import write_report
 from rorqual.train.speed import Speed
+from rorqual.train.stop import Stop
 from rorqual.train.trainer import Export, Result, Source, Trainer, Validate
 from rorqual.train.validation import Validation
 from rorqual.train.view import TensorBoard, view
@@ -118,11 +119,12 @@ def conduct(
                 show.say(f"going on from step {trainer.step}")
             for line in bill_lines(config, bill):
                 show.say(line)
-            result = trainer.run(show)
+            with Stop() as stop:  # until the report is written: a signal that comes late costs neither
+                result = trainer.run(show, stop)
+                if mesh.first:
+                    write_report(config, bill)
         finally:
             show.close()
-        if mesh.first:
-            write_report(config, bill)
     finally:
         if lock is not None:
             lock.__exit__(None, None, None)

@@ -143,7 +143,7 @@ class Trainer:
             self.config.out, self.export(self.model), saved, self.tokenizer_from, self.config.keep
         )
 
-    def run(self, view: View) -> Result:
+    def run(self, view: View, stop: Stop) -> Result:
         """Train to the last step, or until a signal; a checkpoint is written either way.
 
         Raises NumericsError where losses are non-finite three times in a row, and again after going back; CheckpointError
@@ -154,26 +154,30 @@ class Trainer:
         end = self.config.stop_at or self.config.steps
         bad, went_back_to = 0, None
         self.model.train()
-        with Stop() as stop, Log(self.config.out, self.step) if first else NoLog() as log:
+        with Log(self.config.out, self.step) if first else NoLog() as log:
             asked = 0  # the signal that some process has got
             while self.step < end and not (asked := self.mesh.most(stop.signal or 0)):
                 self.speed.begin()
                 update = self.one_step()
                 self.speed.end()
                 bad = 0 if update.finite else bad + 1
-                if bad == MAX_BAD_STEPS:
-                    went_back_to, bad = self._go_back(went_back_to, view), 0
+                if bad == MAX_BAD_STEPS or (self.step == end and not self._finite()):
+                    went_back_to, bad = self._go_back(went_back_to, bad, view), 0
                     log.rewind(self.step)
                     continue
                 line = self._line(update)
+                judged = {}
                 if not self.mesh.most(stop.signal or 0) or self.step == end:
-                    line |= self._validate()
-                if self.step % self.config.log_every == 0 or self.step == end or "heldout_bpb" in line:
-                    log.write(line)
-                    view.update(line)
+                    judged = self._validate()
+                if self.step % self.config.log_every == 0 or self.step == end or judged:
+                    log.write(line | judged)
+                    view.update(line | judged)
                 # Not amid bad steps: they may be why the run goes back.
-                if due(self.config.save_every, self.step) and self.step < end and not bad:
+                if due(self.config.save_every, self.step) and self.step < end and not bad and self._finite():
                     self._save_or_say(view)
+            if self.step < end and not self._finite():
+                self._go_back(went_back_to, bad, view)
+                log.rewind(self.step)
         return Result(self.step, self.save(), signal.Signals(asked) if asked and self.step < end else None)
 
     def one_step(self) -> Update:
@@ -288,14 +292,19 @@ class Trainer:
         except CheckpointError as e:
             view.say(f"no checkpoint at step {self.step}: {e}; training goes on")
 
-    def _go_back(self, before: Path | None, view: View) -> Path:
+    def _finite(self) -> bool:
+        """Whether the weights are: a finite gradient may still throw them beyond what a number holds."""
+        ours = all(bool(local(p.detach()).isfinite().all()) for p in self.params)
+        return not self.mesh.most(int(not ours))
+
+    def _go_back(self, before: Path | None, bad: int, view: View) -> Path:
         """To the last checkpoint, but not to the data after it: what broke the steps is passed over."""
         found = self.mesh.together(lambda: checkpoint.latest(self.config.out, view.say), alone=True)
         step = self.mesh.told(-1 if found is None else folders.step_of(found))
         folder = None if step < 0 else folders.folder_of(self.config.out, step)
         if folder is None or folder == before:
             raise NumericsError(
-                f"step {self.step}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row"
+                f"step {self.step}: {_broken(bad)}"
                 + (" before the first checkpoint" if folder is None else " again after going back")
                 + "; lower the rates (optim.lr, optim.embedding_lr), or set dtype=float32"
             )
@@ -304,10 +313,7 @@ class Trainer:
         self.resume(folder)
         self.skipped, (speed.before, speed.stepping, speed.processor) = skipped, seconds
         self.source.load_state_dict(position)
-        view.say(
-            f"step {at}: loss or gradient was not finite {MAX_BAD_STEPS} times in a row; back to step {self.step}, past "
-            "the data in between"
-        )
+        view.say(f"step {at}: {_broken(bad)}; back to step {self.step}, past the data in between")
         return folder
 
     def _boxes(self) -> dict[str, Piece]:
@@ -356,6 +362,10 @@ class Trainer:
         named: list[tuple[str, Tensor]] = list(self.model.named_parameters())
         trained = [(n, p) for n, p in named if p.requires_grad]
         return trained if len(trained) < len(named) else []
+
+
+def _broken(bad: int) -> str:
+    return f"loss or gradient was not finite {bad} times in a row" if bad else "weights are not finite"
 
 
 def spread(load: Tensor) -> float:
