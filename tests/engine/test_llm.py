@@ -1,5 +1,6 @@
 """Offline generation and the two commands over it."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -153,13 +154,43 @@ def test_generate_prints_prompt_and_answer(folder: Path, capsys: pytest.CaptureF
 def test_chat_answers_each_line_of_a_pipe(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/clear\nhello\n/exit\nnever read\n"))
     assert main(["chat", str(folder), "--max-tokens", "4", "--temperature", "0"]) == 0
     first, second, *rest = capsys.readouterr().out.split("\n")
     assert first == second
     assert rest == [""]
+
+
+def test_a_line_that_is_too_long_is_no_part_of_the_conversation(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(text: str) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert main(["chat", str(folder), "--max-tokens", "4", "--temperature", "0"]) == 0
+        return capsys.readouterr().out.split("\n")
+
+    first, long, second, *_ = said("hello\n" + "x(" * 400 + "\nhello\n")
+    assert long == ""
+    assert said("hello\nhello\n") == [first, second, ""]
+
+
+def test_bytes_that_are_no_text_end_neither_command(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["generate", str(folder), "bad \udcff byte", "--max-tokens", "1"]) == 0
+    assert capsys.readouterr().out.startswith("bad \ufffd byte")
+    typed = io.TextIOWrapper(io.BytesIO(b"hi \xff\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    assert main(["chat", str(folder), "--max-tokens", "1"]) == 0
+
+
+def test_a_stream_may_be_left_while_a_long_prompt_is_read(folder: Path) -> None:
+    llm = LLM(folder, EngineConfig(max_num_batched_tokens=16, max_num_seqs=8))
+    deltas = list(llm.stream([5, 6, 7, 8] * 20, SamplingParams(max_tokens=1)))
+    assert [len(d.token_ids) for d in deltas] == [0, 0, 0, 0, 1]
+    assert {d.prompt_tokens for d in deltas} == {80}
+    next(iter(llm.stream([9] * 80)))
+    assert not llm.engine.has_work()
 
 
 def test_options_out_of_range_end_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

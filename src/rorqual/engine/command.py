@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,11 +65,11 @@ class ChatOptions:
 def generate(argv: Sequence[str]) -> int:
     options = tyro.cli(GenerateOptions, args=list(argv), prog="rorqual generate")
     params = options.sampling.params()
-    from rorqual.engine.llm import LLM
+    from rorqual.engine.llm import LLM, readable
 
-    llm = LLM(options.model, dtype=options.dtype)
-    sys.stdout.write(options.prompt)
-    for delta in llm.stream(options.prompt, params):
+    llm, prompt = LLM(options.model, dtype=options.dtype), readable(options.prompt)
+    sys.stdout.write(prompt)
+    for delta in llm.stream(prompt, params):
         _raise_error(delta)
         sys.stdout.write(delta.text)
         sys.stdout.flush()
@@ -99,13 +100,19 @@ def chat(argv: Sequence[str]) -> int:
             messages = list(start)
         elif line:
             messages.append({"role": "user", "content": line})
-            messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
+            answer = _answer(llm, messages, params)
+            if answer is None:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": answer})
     return 0
 
 
 def _lines() -> Iterator[str]:
     """What a person types, or the lines of a pipe, until the end."""
     prompt = "> " if sys.stdin.isatty() else ""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text is no reason to end
     while True:
         try:
             yield input(prompt).strip()
@@ -115,8 +122,8 @@ def _lines() -> Iterator[str]:
             print("\n(/exit leaves)", file=sys.stderr)
 
 
-def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) -> str:
-    """Print an answer as it comes and return it; Ctrl-C ends it and keeps what was said."""
+def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) -> str | None:
+    """Print an answer as it comes and return it; Ctrl-C ends it and keeps what was said. None: it cannot be answered."""
     from rorqual.errors import RequestError
 
     text, count, begin = "", 0, time.monotonic()
@@ -131,6 +138,8 @@ def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) ->
                     break
         except RequestError as e:
             print(f"error: {e}; /clear forgets the conversation", file=sys.stderr)
+            print(flush=True)  # a line of a pipe has a line of its own
+            return None
     seconds = max(time.monotonic() - begin, 1e-9)
     print(flush=True)
     print(

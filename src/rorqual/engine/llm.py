@@ -161,7 +161,9 @@ class LLM:
             )
         if self.tokenizer is None:
             raise TokenizerError("the model has no tokenizer.json: give token ids")
-        return self.tokenizer.encode(found if isinstance(found, str) else self.template.render(found))
+        return self.tokenizer.encode(
+            readable(found if isinstance(found, str) else self.template.render(found))
+        )
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         self._count += 1
@@ -196,6 +198,11 @@ class LLM:
             self._news[delta.request_id].append(delta)
             if delta.finish_reason:
                 del self._news[delta.request_id]
+
+
+def readable(text: str) -> str:
+    """Text with U+FFFD for each half of a surrogate pair, as Python reads bytes of a command line that are not UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _many(prompts: Any) -> list[Any]:
