@@ -355,10 +355,19 @@ def test_a_cache_beyond_the_memory_is_refused_before_it_is_made(
     assert Engine(model, None, config(cache_tokens=100)).cache.slots == 100
 
 
-@pytest.mark.parametrize("field", ["cache_memory", "disk_cache_bytes"])
-@pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
-def test_sizes_that_are_none_are_named(field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{field}={value}"):
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cache_memory", float("nan")),
+        ("cache_memory", float("inf")),
+        ("disk_cache_bytes", float("nan")),
+        ("disk_cache_bytes", -1.0),
+        ("cache_dtype", "float16"),
+        ("speculate_by", "another model"),
+    ],
+)
+def test_limits_that_cannot_be_are_named(field: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"{field}={value!r}: must be"):
         EngineConfig(**{field: value})
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rorqual.errors import ConfigError
+
+CacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
+Guesser = Literal["ngram", "mtp"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class EngineConfig:
     cache_tokens: int | None = None  # tokens that the cache holds; None: as cache_memory allows
     cache_memory: float = 1e9  # bytes for the cache
     # auto: the weights', bfloat16 where they are quantised; int8: about half of bfloat16, in groups of 64 with a scale
-    cache_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    cache_dtype: CacheDtype = "auto"
     max_num_seqs: int = 64  # requests running at once
     max_num_batched_tokens: int = 512  # tokens of one step: a long prompt is computed in chunks of this size
     max_waiting: int = 1024  # requests queued beyond those running
@@ -38,7 +41,7 @@ class EngineConfig:
     speculate: int = 0  # tokens guessed in each step of a request; 0: none
     # Who guesses: look-up of what followed the last tokens before, or the model's first multi-token prediction module,
     # which guesses one
-    speculate_by: Literal["ngram", "mtp"] = "ngram"
+    speculate_by: Guesser = "ngram"
 
     @property
     def mtp(self) -> bool:
@@ -54,6 +57,9 @@ class EngineConfig:
         for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name, among in (("cache_dtype", get_args(CacheDtype)), ("speculate_by", get_args(Guesser))):
+            if getattr(self, name) not in among:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(among)}")
         if not 0 < self.cache_memory < float("inf"):
             raise ConfigError(f"cache_memory={self.cache_memory}: must be a number of bytes above 0")
         if not self.disk_cache_bytes > 0:
