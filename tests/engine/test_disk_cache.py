@@ -108,6 +108,21 @@ def test_the_folder_stays_within_its_limit_and_the_least_used_go(model: Transfor
     assert sum(f.stat().st_size for f in tmp_path.iterdir()) <= 5 * size
 
 
+def test_what_another_process_writes_and_removes_is_counted_right(model: Transformer, tmp_path: Path) -> None:
+    a, b = engine(model, tmp_path), engine(model, tmp_path)
+    ask(a)
+    assert ask(b)[2] == 48
+    stores = [a.scheduler.store, b.scheduler.store]
+    assert {s._bytes for s in stores} == {sum(f.stat().st_size for f in files(tmp_path))}
+    for path in files(tmp_path):
+        path.unlink()
+    for e in (a, b):
+        e.pool.forget_all()
+    assert ask(a)[2] == 0
+    assert len(files(tmp_path)) == (50 + 5) // 4  # written again
+    assert stores[0]._bytes == sum(f.stat().st_size for f in files(tmp_path))
+
+
 def test_a_disk_that_takes_nothing_fails_no_request(
     model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,9 +82,7 @@ class DiskCache:
             raw = torch.frombuffer(bytearray(data[at : at + size]), dtype=torch.uint8)
             target.copy_(raw.view(target.dtype).view(target.shape))
             at += size
-        self._files[path.name] = len(data)
-        self._files.move_to_end(path.name)
-        self._whole.add(path.name)
+        self._count(path.name)
         with contextlib.suppress(OSError):  # its age is lost at a restart, nothing else
             os.utime(path)
         return True
@@ -92,13 +90,14 @@ class DiskCache:
     def save(self, name: Hash, block: int) -> None:
         """Keep a full block, unless it is there."""
         file = self._file(name)
-        if not self.writes or file in self._whole:
+        path, temporary = self.folder / file, self.folder / f"{file}.{os.getpid()}.tmp"
+        # Another process on this folder may have removed what this one wrote.
+        if not self.writes or (file in self._whole and os.path.exists(path)):
             return
         part = slice(block * self.block_size, (block + 1) * self.block_size)
         data = b"".join(_bytes(rows[part]) for rows in self.cache.rows)
-        path, temporary = self.folder / file, self.folder / f"{file}.{os.getpid()}.tmp"
         try:
-            self._bytes -= self._files.pop(file, 0)  # one that nobody could read whole is written again
+            self._drop(file)  # one that nobody could read whole is written again
             while self._files and self._bytes + self._size > self.limit:
                 self._forget(next(iter(self._files)))
             temporary.write_bytes(hashlib.blake2b(data, digest_size=_SUM).digest() + data)
@@ -109,16 +108,24 @@ class DiskCache:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             return
-        self._whole.add(file)
-        self._files[file] = self._size
-        self._bytes += self._size
+        self._count(file)
 
     def _file(self, name: Hash) -> str:
         return hashlib.blake2b(name, key=self.owner, digest_size=20).hexdigest() + ".block"
 
-    def _forget(self, file: str) -> None:
+    def _count(self, file: str) -> None:
+        """Know a whole file as the one used last; another process may have written it."""
+        self._drop(file)
+        self._files[file] = self._size
+        self._bytes += self._size
+        self._whole.add(file)
+
+    def _drop(self, file: str) -> None:
         self._bytes -= self._files.pop(file, 0)
         self._whole.discard(file)
+
+    def _forget(self, file: str) -> None:
+        self._drop(file)
         with contextlib.suppress(OSError):  # a folder that became read-only fails no request
             (self.folder / file).unlink(missing_ok=True)
 
