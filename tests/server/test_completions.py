@@ -78,7 +78,16 @@ def test_row_56_echo_and_logprobs(live):
     assert block["token_logprobs"] == [None] + [pytest.approx(math.log(0.5))] * 6
     assert block["top_logprobs"][0] is None
     assert all(len(top) == 2 for top in block["top_logprobs"][1:])
-    assert block["text_offset"] == [0, 5, 6, 7, 8, 9, 10]
+    assert block["text_offset"] == [0, 0, 1, 2, 3, 4, 5]  # the text does not show the begin token
+
+
+def test_offsets_are_places_in_the_text(live):
+    """Of characters, which take several tokens here; a special token counts where the prompt spells it."""
+    choice = complete(live, "<bos>a👋b", echo=True, logprobs=0, max_tokens=2).json()["choices"][0]
+    places = choice["logprobs"]["text_offset"]
+    assert places == [0, 5, 6, 6, 6, 6, 7, 8, 9]
+    shown = [t for t in choice["logprobs"]["tokens"] if "\ufffd" not in t]
+    assert [choice["text"][at:][: len(t)] for t, at in zip(shown, [0, 5, 7, 8, 9], strict=True)] == shown
 
 
 def test_b061_logprobs_0(live):

@@ -102,6 +102,15 @@ def test_row_15_logprobs_are_the_models_own(live):
         )
 
 
+def test_what_cannot_be_drawn_is_no_alternative(live):
+    """Minus infinity is not JSON: the token drawn is the only alternative left by top_k=1."""
+    entry = ask(live, logprobs=True, top_logprobs=4, top_k=1)["choices"][0]["logprobs"]["content"][0]
+    assert [(t["token"], t["logprob"]) for t in entry["top_logprobs"]] == [(entry["token"], 0.0)]
+    body = {"model": "tiny", "prompt": "the sea", "max_tokens": 1, "logprobs": 3, "top_k": 1}
+    block = live.client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+    assert block["top_logprobs"] == [{block["tokens"][0]: 0.0}]
+
+
 def test_row_53_a_warm_cache_changes_no_logprob(live):
     """All full blocks are found the second time, and the scores are those of the first to 1e-5."""
     long = "blue is the sea " * 10

@@ -5,6 +5,7 @@ share.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -318,11 +319,12 @@ class _Choice:
 
 
 def logprob_entry(model: Served, logprob: TokenLogprob) -> dict[str, Any]:
-    """A token as `logprobs.content[]` has it: its bytes rebuild the text, the best come first."""
+    """A token as `logprobs.content[]` has it: its bytes rebuild the text, the best come first, and what could not have
+    been drawn (minus infinity, which JSON does not know) is left out."""
 
     def entry(token_id: int, value: float) -> dict[str, Any]:
         piece = model.tokenizer.token_bytes(token_id)
         return {"token": piece.decode("utf-8", "replace"), "logprob": value, "bytes": list(piece)}
 
-    top = [entry(*t) for t in sorted(logprob.top, key=lambda t: -t[1])]
+    top = [entry(*t) for t in sorted(logprob.top, key=lambda t: -t[1]) if t[1] > -math.inf]
     return {**entry(logprob.token_id, logprob.logprob), "top_logprobs": top}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -125,6 +126,7 @@ class _Writer:
         self.id = f"cmpl-{self.caller.id}"
         self.created = int(time.time())
         self._offset = [0] * len(self.run.answers)
+        self._special = frozenset(self.run.turn.model.tokenizer.special_ids)
 
     async def whole(self) -> dict[str, Any]:
         """The `text_completion` object."""
@@ -182,13 +184,27 @@ class _Writer:
         offsets: list[int] = []
         tops: list[dict[str, float] | None] = []
         for lp in logprobs:
-            token = _token_text(model, prompt[0] if lp is None else lp.token_id)
-            tokens.append(token)
-            offsets.append(self._offset[index])
-            self._offset[index] += len(token)
-            tops.append(None if lp is None else {_token_text(model, i): v for i, v in lp.top})
+            token_id = prompt[0] if lp is None else lp.token_id
+            tokens.append(_token_text(model, token_id))
+            offsets.append(self._advance(index, token_id))
+            tops.append(
+                None if lp is None else {_token_text(model, i): v for i, v in lp.top if v > -math.inf}
+            )
         values = [None if lp is None else lp.logprob for lp in logprobs]
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _advance(self, index: int, token_id: int) -> int:
+        """Where in the text a token begins; one that ends a character where that does. The next begins after it, but for
+        a special token, which the text shows only where the prompt spells it."""
+        at = self._offset[index]
+        data = self.run.turn.model.tokenizer.token_bytes(token_id)
+        if token_id in self._special and not (self._said(index) or "").startswith(data.decode(), at):
+            return at
+        starts = [
+            byte & 0xC0 != 0x80 for byte in data
+        ]  # of characters: UTF-8 marks the bytes that go on with one
+        self._offset[index] += sum(starts)
+        return at if not data or starts[0] else at - 1
 
     def _prompt(self, index: int) -> list[int]:
         return self.run.turn.prompts[index // self.run.turn.n]
@@ -196,12 +212,16 @@ class _Writer:
     def _echo(self, index: int) -> str:
         if not self.request.echo:
             return ""
-        if isinstance(self.request.prompt, str):
-            return self.request.prompt
-        item = self.request.prompt[index // self.run.turn.n]
-        if isinstance(item, str):
-            return item
+        said = self._said(index)
+        if said is not None:
+            return said
         return self.run.turn.model.tokenizer.decode(self._prompt(index), skip_special=True)
+
+    def _said(self, index: int) -> str | None:
+        """The prompt as text, where it was given as one."""
+        prompt = self.request.prompt
+        item = prompt if isinstance(prompt, str) else prompt[index // self.run.turn.n]
+        return item if isinstance(item, str) else None
 
     def _echo_logprobs(self, index: int) -> list[TokenLogprob | None]:
         return self.run.prompt_logprobs.get(index, []) if self.request.echo else []
