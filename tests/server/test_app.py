@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
 
+from rorqual.server.ledger import Ledger
 from rorqual.server.openapi import openapi
 from rorqual.server.scripted import ScriptedAnswer
 
@@ -141,6 +145,47 @@ def test_an_aborted_request_is_paid_as_far_as_it_came(start):
     row = next(live.service.ledger.sums())
     assert row.requests == 1
     assert row.output >= 1
+
+
+def test_what_was_streamed_before_the_server_closed_is_paid(start):
+    """As far as it came, under the code of the error that ended it."""
+    live = start(ScriptedAnswer(text="ab", endless=True, delay_s=0.002))
+    request = {"model": "scripted", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    with live.client.stream("POST", "/v1/chat/completions", json=request) as response:
+        parts = response.iter_bytes()
+        while b'"content":"a' not in next(parts):
+            pass
+        live.loop_call(live.service.end_open)
+        assert b"shutting_down" in b"".join(parts)
+    while (row := live.service.ledger._db.execute("SELECT output, outcome FROM charges").fetchone()) is None:
+        pass
+    assert row[0] >= 1
+    assert row[1] == "shutting_down"
+
+
+@pytest.mark.parametrize("crash", [True, False])
+def test_a_failure_of_the_engine_costs_nothing(start, crash):
+    live = start(ScriptedAnswer(text="abc", error="boom", error_after=2, crash=crash))
+    assert live.chat().status_code == 500
+    assert not list(live.service.ledger.sums())
+
+
+def test_a_locked_ledger_holds_up_only_its_own_answer(start, tmp_path):
+    """Another process writes for a while: others are answered, and the charge is made once it lets go."""
+    live = start(ScriptedAnswer(text="Hello!"))
+    live.service.ledger = Ledger(tmp_path / "ledger.db")
+    other = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(live.chat)
+        began = time.monotonic()
+        while live.stats() != (0, 0) or time.monotonic() - began < 0.1:
+            assert live.client.get("/health").elapsed.total_seconds() < 2
+        assert not answer.done()
+        other.execute("ROLLBACK")
+        assert answer.result().status_code == 200
+    other.close()
+    assert [row.requests for row in live.service.ledger.sums()] == [1]
 
 
 def test_openapi_describes_every_route(live):

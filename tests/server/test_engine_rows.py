@@ -34,7 +34,8 @@ def base_and_adapter(folder: Path) -> tuple[Path, Path]:
 def test_row_68_an_adapter_comes_and_goes_without_dropping_streams(start, tmp_path: Path) -> None:
     base, adapter = base_and_adapter(tmp_path)
     live = start(
-        load=lambda name, path: load_served(name, path, 8, EngineConfig(cache_tokens=2048), "float32")
+        load=lambda name, path: load_served(name, path, 8, EngineConfig(cache_tokens=2048), "float32"),
+        prices={"price": [{"model": "base", "miss": "1", "output": "1"}]},
     )
     assert live.client.post("/v1/models/load", json={"model": "base", "path": str(base)}).status_code == 200
 
@@ -66,6 +67,17 @@ def test_row_68_an_adapter_comes_and_goes_without_dropping_streams(start, tmp_pa
     assert live.client.post("/v1/chat/completions", json=ask("mine")).status_code == 404
     assert live.client.post("/v1/load_lora_adapter", json=wish).status_code == 200
     assert text("mine") == adapted
+    assert live.client.get("/v1/models/mine").json()["prices"]["output"] == "1.00", "as its base"
+    paid = live.client.post("/v1/chat/completions", json=ask("mine", x_usage=True)).json()["usage"]
+    assert float(paid["x_cost"]["amount"]) > 0
+    for _ in range(2):  # by either route the engine forgets it, so that its name is free again
+        assert live.client.post("/v1/models/unload", json={"model": "mine"}).json()["deleted"]
+        assert live.client.post("/v1/load_lora_adapter", json=wish).status_code == 200
+    for path, body in (
+        ("/v1/load_lora_adapter", {**wish, "lora_name": "x", "lora_path": "\0"}),
+        ("/v1/models/load", {"model": "x", "path": "\0"}),
+    ):
+        assert live.client.post(path, json=body).status_code == 400
     wrong = live.client.post("/v1/load_lora_adapter", json={**wish, "lora_name": "x", "lora_path": str(base)})
     assert wrong.status_code == 400
     assert "adapter_config" in wrong.json()["error"]["message"]

@@ -114,6 +114,18 @@ def test_deepseeks_balance_form():
     assert decimal_text(110 * 10**9) == "110.00"
 
 
+def test_an_adapter_costs_what_its_base_does():
+    """Unless it has a price of its own; before the price of all."""
+    listed = [{"model": m, "miss": p, "output": p} for m, p in (("*", "1"), ("base", "2"), ("mine", "3"))]
+    prices = PriceList.parse({"price": listed})
+    now = at("2026-01-01")
+    assert [prices.rates(m, now, "base").miss for m in ("mine", "yours")] == [nano("3", ""), nano("2", "")]
+    assert prices.rates("yours", now, "other").miss == nano("1", "")
+
+
+NIGHT = {"start": "01:00", "end": "02:00", "factor": "2"}
+
+
 @pytest.mark.parametrize(
     ("tree", "named"),
     [
@@ -136,6 +148,11 @@ def test_deepseeks_balance_form():
             },
             "days",
         ),
+        ({"price": [{"miss": "1", "output": "1", "window": 5}]}, "window=5"),
+        ({"price": [{"miss": "1", "output": "1", "window": [{**NIGHT, "days": 5}]}]}, "days=5"),
+        ({"price": [{"miss": "1", "output": "1", "window": [{**NIGHT, "except": "2026-10-01"}]}]}, "except"),
+        ({"price": [{"miss": "1", "output": "1", "window": [{**NIGHT, "start": "01:00+02:00"}]}]}, "start"),
+        ({"price": [{"miss": "1e15", "output": "1"}]}, "price[0].miss"),
     ],
 )
 def test_a_wrong_list_is_refused_by_name(tree, named):

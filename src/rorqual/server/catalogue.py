@@ -68,13 +68,13 @@ def describe(name: str, model: Served, caller: Caller) -> dict[str, Any]:
         "max_model_len": model.max_model_len,
         "chat": model.template is not None,
         "thinking": model.thinks,
-        "prices": prices(caller.service.prices, model.name, caller),
+        "prices": prices(caller.service.prices, model, caller),
     }
 
 
-def prices(listed: PriceList, name: str, caller: Caller) -> dict[str, str]:
+def prices(listed: PriceList, model: Served, caller: Caller) -> dict[str, str]:
     """What a million tokens of each class cost at this moment."""
-    rates = listed.rates(name, caller.moment)
+    rates = listed.rates(model.name, caller.moment, model.base)
     return {
         "currency": listed.currency,
         "cache_hit": decimal_text(rates.hit),
@@ -83,17 +83,24 @@ def prices(listed: PriceList, name: str, caller: Caller) -> dict[str, str]:
     }
 
 
+def _path(text: str, param: str) -> Path:
+    if "\0" in text:
+        raise invalid(f"{param}={text!r}: a path holds no null character", param)
+    return Path(text)
+
+
 async def load_model(caller: Caller, body: bytes) -> Reply:
     """Load a model folder and serve it beside the others."""
     caller.require_admin()
     request = decode(body, LoadModel)
+    path = _path(request.path, "path")
     service = caller.service
     if service.load is None:
         raise invalid("this server loads no models while it runs", "model", "unsupported_value")
     if request.model in service.models.names():
         raise ApiError(409, f"{request.model!r} is served already", code="model_exists", param="model")
     try:
-        model = await asyncio.to_thread(service.load, request.model, Path(request.path))
+        model = await asyncio.to_thread(service.load, request.model, path)
     except RorqualError as e:
         raise invalid(str(e), "path", "model_not_loadable") from None
     service.models.add(model)
@@ -104,9 +111,17 @@ async def load_model(caller: Caller, body: bytes) -> Reply:
 async def unload_model(caller: Caller, body: bytes) -> Reply:
     """Serve no more requests for a model; those that run finish."""
     caller.require_admin()
-    model = caller.service.models.remove(decode(body, UnloadModel).model)
-    if all(model.bridge is not bridge for bridge in caller.service.models.bridges()):
-        caller.service.retire(model.bridge)
+    return await _unload(decode(body, UnloadModel).model, caller)
+
+
+async def _unload(name: str, caller: Caller) -> Reply:
+    service = caller.service
+    model = service.models.remove(name)
+    if all(model.bridge is not bridge for bridge in service.models.bridges()):
+        service.retire(model.bridge)
+    elif model.adapter is not None:
+        engine: Any = model.bridge.engine  # which loaded it, so it has adapters
+        await model.bridge.run_on_engine(lambda: engine.unload_adapter(model.adapter))
     return Json({"id": model.name, "object": "model", "deleted": True})
 
 
@@ -114,6 +129,7 @@ async def load_adapter(caller: Caller, body: bytes) -> Reply:
     """Serve an adapter of a base model under its own name."""
     caller.require_admin()
     request = decode(body, LoadAdapter)
+    path = _path(request.lora_path, "lora_path")
     models = caller.service.models
     base = models.find(request.base_model or models.all()[0].name)
     load = getattr(base.bridge.engine, "load_adapter", None)
@@ -124,10 +140,10 @@ async def load_adapter(caller: Caller, body: bytes) -> Reply:
             409, f"{request.lora_name!r} is served already", code="model_exists", param="lora_name"
         )
     try:
-        await base.bridge.run_on_engine(lambda: load(request.lora_name, Path(request.lora_path)))
+        await base.bridge.run_on_engine(lambda: load(request.lora_name, path))
     except RorqualError as e:
         raise invalid(str(e), "lora_path", "model_not_loadable") from None
-    models.add(base.renamed(request.lora_name, adapter=request.lora_name))
+    models.add(base.adapted(request.lora_name))
     return Json(describe(request.lora_name, models.find(request.lora_name), caller))
 
 
@@ -138,7 +154,4 @@ async def unload_adapter(caller: Caller, body: bytes) -> Reply:
     model = caller.service.models.find(request.lora_name)
     if model.adapter is None:
         raise invalid(f"{request.lora_name!r} is a model, not an adapter", "lora_name")
-    caller.service.models.remove(request.lora_name)
-    engine: Any = model.bridge.engine  # which loaded it, so it has adapters
-    await model.bridge.run_on_engine(lambda: engine.unload_adapter(model.adapter))
-    return Json({"id": request.lora_name, "object": "model", "deleted": True})
+    return await _unload(request.lora_name, caller)

@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS charges (
   cost INTEGER NOT NULL, from_granted INTEGER NOT NULL, currency TEXT NOT NULL, outcome TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS charges_by_key ON charges (key_id, time_ns);
 """
+_WAIT_S = 5.0  # for another process that writes
 _KEY_COLUMNS = (
     "id, name, hash, created_ns, revoked_ns, admin, metered, granted, topped_up, requests_per_minute,"
     " tokens_per_minute, concurrency"
@@ -69,7 +70,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Charge:
-    """One request's use. `outcome` is its finish reason, or "abort"."""
+    """One request's use. `outcome` is its finish reason, "abort" where the client left, or the code of the error that
+    ended it."""
 
     request_id: str
     key_id: str | None
@@ -100,14 +102,14 @@ class Ledger:
     """
 
     def __init__(self, path: str | Path) -> None:
-        if path != ":memory:":
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
+            if path != ":memory:":
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=_WAIT_S, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=NORMAL")
             self._db.executescript(_SCHEMA)
-        except sqlite3.Error as e:
+        except (sqlite3.Error, OSError) as e:
             raise ConfigError(f"ledger {path}: {e}; name another file with --ledger") from e
 
     def close(self) -> None:
@@ -203,6 +205,19 @@ class Ledger:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+    def try_charge(self, charge: Charge) -> bool:
+        """`charge` without waiting; False where another process holds the file's write lock."""
+        self._db.execute("PRAGMA busy_timeout=0")
+        try:
+            self.charge(charge)
+        except sqlite3.OperationalError as e:
+            if "locked" not in str(e):
+                raise
+            return False
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout={_WAIT_S * 1000:.0f}")
+        return True
 
     def _spend(self, key_id: str | None, cost: int) -> int:
         if key_id is None or cost == 0:

@@ -58,6 +58,7 @@ class Served:
     template: ServedTemplate | None
     bridge: Bridge
     adapter: str | None = None
+    base: str | None = None  # the model that an adapter changes
     flops: Callable[[int, int, int], int] | None = None  # cached, prompt and completion tokens of a request
     created: int = field(default_factory=lambda: int(time.time()))
     _vocabulary: list[Vocabulary] = field(default_factory=list)  # shared with adapters; built at first need
@@ -92,16 +93,22 @@ class Served:
     def _build_vocabulary(self) -> Vocabulary:
         return Vocabulary(self.tokenizer, self.bridge.engine.vocab_size, list(self.tokenizer.special_ids))
 
-    def renamed(self, name: str, adapter: str | None) -> Served:
-        """The same engine under another name."""
-        return replace(self, name=name, adapter=adapter, created=int(time.time()))
+    def adapted(self, name: str) -> Served:
+        """The same engine with an adapter of that name."""
+        return replace(self, name=name, adapter=name, base=self.base or self.name, created=int(time.time()))
 
 
 class Models:
     """Names to models. A model that is taken away finishes what it has begun."""
 
     def __init__(self, models: Iterable[Served], aliases: Mapping[str, str] | None = None) -> None:
-        self._models = {model.name: model for model in models}
+        self._models: dict[str, Served] = {}
+        for model in models:
+            if model.name in self._models:
+                raise ConfigError(
+                    f"two models have the name {model.name!r}; give one another with --name or --also"
+                )
+            self._models[model.name] = model
         self.aliases = dict(aliases or {})
         for alias, name in self.aliases.items():
             if name not in self._models:

@@ -20,7 +20,7 @@ arrived; its cost is rounded half up to one nano-unit, once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal, InvalidOperation
@@ -33,6 +33,7 @@ from rorqual.errors import ConfigError
 
 NANO = 10**9
 _MILLION = 10**6
+_MOST = 10**9 * NANO  # a balance of several still fits the 63 bits of a database's number
 DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
@@ -97,11 +98,11 @@ class PriceList:
     currency: str = "USD"
     prices: tuple[Price, ...] = ()
 
-    def rates(self, model: str, moment: datetime) -> Rates:
-        """What holds for `model` at `moment`: its own prices before "*", the newest that has begun; then the
-        first window that holds.
+    def rates(self, model: str, moment: datetime, base: str | None = None) -> Rates:
+        """What holds for `model` at `moment`: its own prices before those of its base (of an adapter) before "*", the
+        newest that has begun; then the first window that holds.
         """
-        for name in (model, "*"):
+        for name in (model, base, "*"):
             begun = [p for p in self.prices if p.model == name and p.since <= moment]
             if begun:
                 newest = max(begun, key=lambda p: p.since)
@@ -136,6 +137,8 @@ def nano(text: str, where: str) -> int:
         raise ConfigError(f"{where}={text!r}: must be a decimal number in quotes") from None
     if amount != whole:
         raise ConfigError(f"{where}={text!r}: finer than a nano-unit (nine decimals)")
+    if abs(whole) > _MOST:
+        raise ConfigError(f"{where}={text!r}: must be at most a billion")
     return whole
 
 
@@ -167,7 +170,8 @@ def _price(entry: Any, where: str) -> Price:
     output = nano(entry["output"], f"{where}.output")
     if min(hit, miss, output) < 0:
         raise ConfigError(f"{where}: a price must not be negative")
-    windows = tuple(_window(w, f"{where}.window[{i}]") for i, w in enumerate(entry.get("window", [])))
+    listed = _list(entry, "window", where)
+    windows = tuple(_window(w, f"{where}.window[{i}]") for i, w in enumerate(listed))
     since = _moment(entry.get("since", "1970-01-01T00:00:00Z"), f"{where}.since")
     return Price(str(entry.get("model", "*")), since, Rates(hit, miss, output), windows)
 
@@ -176,21 +180,33 @@ def _window(entry: Any, where: str) -> Window:
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: must be a table")
     _known(entry, {"days", "start", "end", "factor", "except"}, where)
-    days = [str(d).lower()[:3] for d in entry.get("days", DAYS)]
+    days = [str(d).lower()[:3] for d in _list(entry, "days", where, DAYS)]
     wrong = [d for d in days if d not in DAYS]
     if wrong:
         raise ConfigError(f"{where}.days={wrong[0]!r}: must be among {', '.join(DAYS)}")
     try:
         start, end = time.fromisoformat(entry["start"]), time.fromisoformat(entry["end"])
-        without = frozenset(date.fromisoformat(str(d)) for d in entry.get("except", []))
+        without = frozenset(date.fromisoformat(str(d)) for d in _list(entry, "except", where))
         factor = Fraction(str(entry["factor"]))
     except KeyError as e:
         raise ConfigError(f"{where}: missing {e.args[0]}") from None
     except (ValueError, TypeError, ZeroDivisionError) as e:
         raise ConfigError(f"{where}: {e}") from None
+    for name, clock in (("start", start), ("end", end)):
+        if clock.tzinfo is not None:
+            raise ConfigError(
+                f"{where}.{name}={entry[name]!r}: write it without an offset; all times are UTC"
+            )
     if factor < 0:
         raise ConfigError(f"{where}.factor={entry['factor']!r}: must be 0 or more")
     return Window(start, end, factor, frozenset(DAYS.index(d) for d in days), without)
+
+
+def _list(entry: Mapping[str, Any], name: str, where: str, default: Sequence[Any] = ()) -> Sequence[Any]:
+    value = entry.get(name, default)
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{where}.{name}={value!r}: must be a list")
+    return value
 
 
 def _moment(value: Any, where: str) -> datetime:

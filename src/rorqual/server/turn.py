@@ -22,6 +22,7 @@ from rorqual.server.models import Served
 from rorqual.server.usage import Usage
 
 log = logging.getLogger(__name__)
+_LEDGER_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,10 @@ class Run:
     ) -> None:
         if self._ticket is not None:
             self.turn.model.bridge.cancel(self._ticket)
-        if not self._settled and self._cached and not isinstance(error, ApiError):
-            self._settle("abort")
+        outcome = error.code if isinstance(error, ApiError) else "abort"
+        ours = isinstance(error, ApiError) and error.status == 500  # the engine's failure costs nothing
+        if not self._settled and self._cached and not ours:
+            await self._settle(outcome)
 
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         """(choice, event) in order. The charge is written before the last `Finish` is given out."""
@@ -127,7 +130,7 @@ class Run:
             arrival = await self._ticket.next()
             events = self._read(arrival)
             if all(answer.finished for answer in self.answers):
-                self._settle("length" if "length" in self._reasons else "stop")
+                await self._settle("length" if "length" in self._reasons else "stop")
             for event in events:
                 yield event
 
@@ -156,16 +159,27 @@ class Run:
             metrics.next_tokens(name, at - self._last_at[choice], tokens)
         self._last_at[choice] = at
 
-    def _settle(self, outcome: str) -> None:
-        self._settled = True
+    async def _settle(self, outcome: str) -> None:
         self.usage = self.used()
         caller, service = self.caller, self.caller.service
         key_id = caller.key.id if caller.key is not None else None
         name = self.turn.model.name
-        service.ledger.charge(Charge(caller.id, key_id, name, caller.route, self.usage, outcome))
+        await self._book(Charge(caller.id, key_id, name, caller.route, self.usage, outcome))
         caller.spend(self.usage.prompt + self.usage.completion)
         seconds = asyncio.get_running_loop().time() - caller.arrived
         service.metrics.finished(name, self.usage, outcome, seconds, caller.request_id)
+
+    async def _book(self, charge: Charge) -> None:
+        """Write a charge, once. Another process may hold the file for a while, which keeps only this answer waiting."""
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + _LEDGER_WAIT_S
+        while not self.caller.service.ledger.try_charge(charge):
+            if clock() > give_up:
+                self._settled = True
+                log.error("the ledger was locked for %g s; not written: %r", _LEDGER_WAIT_S, charge)
+                raise ApiError(503, "the ledger is locked by another process", code="ledger_locked")
+            await asyncio.sleep(0.02)
+        self._settled = True
 
     def used(self) -> Usage:
         """What was used so far. Each prompt counts once, whatever n; of the n, what the first found in the
@@ -176,7 +190,7 @@ class Run:
         prompt = sum(len(turn.prompts[p]) for p in begun)
         cached = sum(self._cached[p * turn.n] for p in begun)
         completion = sum(a.completion_tokens for a in self.answers)
-        rates = self.caller.service.prices.rates(turn.model.name, self.caller.moment)
+        rates = self.caller.service.prices.rates(turn.model.name, self.caller.moment, turn.model.base)
         return Usage(
             prompt=prompt,
             cached=cached,
