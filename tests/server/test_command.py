@@ -10,6 +10,11 @@ from rorqual.cli import main
 from rorqual.errors import ConfigError
 from rorqual.server.command import ServeOptions, build_service, keys, usage
 from rorqual.server.ledger import Charge, Ledger
+from rorqual.server.loading import scripted
+from rorqual.server.models import Models
+from rorqual.server.run import listen
+from rorqual.server.scripted import Script, ScriptedAnswer
+from rorqual.server.settings import Settings
 from rorqual.server.usage import Usage
 
 
@@ -48,6 +53,8 @@ def test_a_keys_life(capsys, path):
         (("make", "x", "--granted", "much"), "granted"),
         (("make", "x", "--granted", "-1"), "granted"),
         (("make", "x", "--concurrency", "0"), "concurrency"),
+        (("make", "x", "--granted", "1e11"), "granted"),
+        (("make", "x", "--requests-per-minute", "9" * 20), "requests_per_minute"),
         (("top-up", "nobody", "1"), "no such id"),
         (("revoke", "nobody"), "no such id"),
     ],
@@ -88,3 +95,33 @@ def test_serve_options_that_contradict(tmp_path, fields, named):
     fields = {k: tmp_path / v if k == "scripted" else v for k, v in fields.items()}
     with pytest.raises(ConfigError, match=named):
         build_service(ServeOptions(ledger=tmp_path / "l.db", **fields))
+
+
+@pytest.mark.parametrize("port", [-1, 70000])
+def test_a_port_out_of_range(port):
+    with pytest.raises(ConfigError, match=f"port={port}"):
+        listen("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"max_body_bytes": -1},
+        {"max_open": 0},
+        {"keep_alive_s": 0},
+        {"request_timeout_s": 0},
+        {"write_timeout_s": float("nan")},
+        {"drain_s": -1},
+        {"gather_from": -1},
+    ],
+)
+def test_settings_that_make_no_sense(field):
+    with pytest.raises(ConfigError, match=next(iter(field))):
+        Settings(**field)
+
+
+def test_two_models_of_one_name():
+    """One of them could not be reached."""
+    made = [scripted("a", Script(answers=(ScriptedAnswer(text=t),)), 8) for t in "xy"]
+    with pytest.raises(ConfigError, match="'a'"):
+        Models(made)

@@ -120,6 +120,20 @@ def test_row_41_an_allow_list(start):
         assert "access-control-allow-credentials" not in preflight.headers
 
 
+def test_a_listed_origin_may_send_what_client_libraries_send(start):
+    """x-stainless-* and anthropic-* headers, of which there are new ones with every release."""
+    live = start(settings={"allow_origins": ("https://good.example",)})
+    for asked in ("authorization,x-stainless-lang,x-stainless-timeout", "anthropic-beta,x-api-key"):
+        headers = {
+            "origin": "https://good.example",
+            "access-control-request-method": "POST",
+            "access-control-request-headers": asked,
+        }
+        preflight = live.client.options("/v1/messages", headers=headers)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-headers"] == asked
+
+
 def test_a_form_of_another_site_is_not_taken(open_door):
     """A cross-site request without preflight cannot say application/json: 415 for all that it can say."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):

@@ -112,6 +112,13 @@ def test_a_file_that_is_no_ledger(tmp_path):
         Ledger(tmp_path / "x.db")
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    """A file stands where it should be."""
+    (tmp_path / "x").write_text("")
+    with pytest.raises(ConfigError, match=r"ledger .*l\.db"):
+        Ledger(tmp_path / "x" / "l.db")
+
+
 SERVER = """
 import json, sys
 from rorqual.server.ledger import Charge, Ledger

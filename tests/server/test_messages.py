@@ -136,6 +136,12 @@ def test_tools_round_trip(live, choice):
     assert ask(live, messages=history, tools=[WEATHER]).json()["stop_reason"] == "end_turn"
 
 
+@pytest.mark.parametrize("user_id", ["alice@example.com", '{"device_id": "a"}', "7f.3", "a b"])
+def test_a_user_id_is_any_text(live, user_id):
+    """The pattern of DeepSeek's `user_id` is not Anthropic's."""
+    assert ask(live, metadata={"user_id": user_id}).status_code == 200
+
+
 def test_stop_sequence_and_max_tokens(live):
     answer = ask(live, stop_sequences=["there"]).json()
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", "there")
@@ -171,7 +177,7 @@ def test_a_begun_answer_is_continued(live):
         ({"temperature": 3}, "temperature"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
         ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
-        ({"metadata": {"user_id": "a b"}}, "metadata.user_id"),
+        ({"metadata": {"user_id": "x" * 513}}, "metadata.user_id"),
     ],
 )
 def test_row_60_errors_in_anthropics_shape(live, fields, named):

@@ -67,7 +67,7 @@ def build_app(service: Service) -> Starlette:
         CORSMiddleware,
         allow_origins=service.settings.allow_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type", "x-api-key", "x-request-id", "anthropic-version"],
+        allow_headers=["*"],  # clients' libraries send a dozen of their own
         expose_headers=["x-request-id", "retry-after"],
     )
     middleware = [Middleware(RequestIds), cors, Middleware(Door, service=service)]

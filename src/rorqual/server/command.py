@@ -64,19 +64,19 @@ def serve(argv: Sequence[str]) -> int:
     from rorqual.server.run import listen, log_to_stderr, serve_forever
 
     log_to_stderr(options.log_level)
-    sock = listen(options.host, options.port)
-    service = build_service(options)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    port = sock.getsockname()[1]
+    with listen(options.host, options.port) as sock:
+        service = build_service(options)
+        port = sock.getsockname()[1]
 
-    def ready() -> None:
-        door = "open to this machine, no key needed" if service.open_door else "a key is needed"
-        print(
-            f"Rorqual serves {', '.join(service.models.names())} at http://{host}:{port}/ ({door})",
-            flush=True,
-        )
+        def ready() -> None:
+            door = "open to this machine, no key needed" if service.open_door else "a key is needed"
+            print(
+                f"Rorqual serves {', '.join(service.models.names())} at http://{host}:{port}/ ({door})",
+                flush=True,
+            )
 
-    serve_forever(service, sock, ready)
+        serve_forever(service, sock, ready)
     return 0
 
 
@@ -225,8 +225,8 @@ def keys(argv: Sequence[str]) -> int:
 def _make(command: MakeKey, ledger: Ledger) -> str:
     for name in ("requests_per_minute", "tokens_per_minute", "concurrency"):
         value = getattr(command, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value}: must be 1 or more")
+        if value is not None and not 1 <= value < 2**31:
+            raise ConfigError(f"{name}={value}: must be 1 to {2**31 - 1}")
     return ledger.make_key(
         command.name,
         admin=command.admin,

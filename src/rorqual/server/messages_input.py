@@ -23,7 +23,6 @@ from rorqual.server.protocol import (
     Tool,
     ToolCall,
     TopP,
-    UserId,
 )
 
 
@@ -70,7 +69,7 @@ class OutputConfig(Struct):
 
 
 class Metadata(Struct):
-    user_id: UserId | None = None
+    user_id: Annotated[str, Meta(max_length=512)] | None = None  # whatever it holds: some clients send JSON
 
 
 class CountRequest(Struct, kw_only=True):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rorqual.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -21,3 +23,14 @@ class Settings:
     gather_s: float = 0.2
     allow_origins: tuple[str, ...] = ()  # browsers' origins that may call from another site; "*" for all
     reasoning_alias: bool = False  # `reasoning` beside `reasoning_content`
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_open"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name in ("keep_alive_s", "request_timeout_s", "write_timeout_s"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ConfigError(f"{name}={value}: must be above 0")
+        for name in ("drain_s", "gather_from", "gather_s"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ConfigError(f"{name}={value}: must be 0 or more")
