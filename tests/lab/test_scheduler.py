@@ -11,6 +11,7 @@ import pytest
 
 from rorqual.lab.records import Trial
 from rorqual.lab.scheduler import Scheduler
+from rorqual.lab.settings import Settings
 from rorqual.lab.store import Store
 
 Make = Callable[..., Any]
@@ -238,6 +239,37 @@ def test_one_that_does_not_leave_is_killed_when_its_time_is_up(make_lab: Make, m
         lab.look(1.0)
     assert lab.states()[number] == "waiting"
     assert lab.store.trial(number).failures == 0
+
+
+def test_a_slot_does_not_shrink_by_what_trials_hold(make_lab: Make, monkeypatch: Any) -> None:
+    """A machine of 1,000 MB for two slots: 500 each, also for a scheduler that comes while 800 are held."""
+    lab = make_lab(slots=2, budgets=(100,))
+    held = 0.0
+    monkeypatch.setattr(lab.backend, "held_mb", lambda handle: held)
+    monkeypatch.setattr(
+        "rorqual.lab.scheduler.available_memory", lambda: int(1000 - held * len(lab.store.running())) << 20
+    )
+
+    def begin() -> None:
+        settings = Settings(slots=2, min_free_mb=0)
+        lab.scheduler = Scheduler(
+            lab.store, lab.backend, settings, say=lambda _: None, clock=lab.backend.clock
+        )
+
+    begin()
+    lab.add(1.0)
+    lab.add(2.0)
+    lab.look()
+    held = 400.0
+    lab.look(2.0)
+    begin()
+    lab.look(2.0)
+    assert lab.states() == {1: "running", 2: "running"}
+    held = 501.0
+    lab.look(2.0)
+    lab.look(2.0)
+    assert lab.states() == {1: "failed", 2: "failed"}
+    assert "held 501 MB, a slot has 500" in lab.store.trial(1).message
 
 
 def test_two_schedulers_on_one_state_file_do_no_harm(make_lab: Make) -> None:

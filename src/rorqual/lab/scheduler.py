@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from rorqual.device import available_memory
 from rorqual.errors import RorqualError
 from rorqual.lab.choose import Busy, Wish, make_room, order
 from rorqual.lab.job import Backend, Job, Outcome, seen, tail
@@ -56,6 +57,12 @@ class Scheduler:
     blocked: str = ""  # why nothing is started, once said
     standings: dict[int, list[Standing]] = field(default_factory=dict)
     _version: int = -1
+    machine_mb: int = field(init=False)  # for all slots: read once, since what trials hold is free no more
+
+    def __post_init__(self) -> None:
+        handles = [a.handle for a in self.store.running() if a.handle and self.backend.alive(a.handle)]
+        held = [self.backend.held_mb(handle) for handle in handles]
+        self.machine_mb = available_memory() // 2**20 + int(sum(mb for mb in held if mb))
 
     # One look
 
@@ -171,7 +178,7 @@ class Scheduler:
             if step != attempt.step:
                 found.append((attempt.id, trial.id, step, value))
             held = self.backend.held_mb(attempt.handle) if attempt.handle else None
-            limit = self.settings.slot_memory_mb
+            limit = self.settings.slot_memory_mb(self.machine_mb)
             if held is not None and held > limit:
                 watch = self.watches[attempt.id]
                 watch.killed = f"held {held:,.0f} MB, a slot has {limit:,}; make it smaller, or set memory_mb"
@@ -297,7 +304,7 @@ class Scheduler:
         job = Job(
             self._token(attempt), attempt.id, str(folder), study.ladder.budgets[trial.target], study.ladder.budgets,
             study.metric, trial.kind, trial.spec, trial.settings, trial.name, self.settings.threads,
-            self.settings.slot_memory_mb,
+            self.settings.slot_memory_mb(self.machine_mb),
         )  # fmt: skip
         try:
             job.write()

@@ -32,9 +32,9 @@ class Settings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 1 or more")
         for name in ("slots", "memory_mb", "grace", "quantum", "idle", "min_free_mb"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 0 or more")
-        if self.half_life <= 0:
+        if not self.half_life > 0:
             raise ConfigError(f"half_life={self.half_life}: must be above 0")
         if self.slurm and self.backend != "slurm":
             raise ConfigError(f"slurm={list(self.slurm)}: is for backend=slurm")
@@ -48,14 +48,9 @@ class Settings:
             return self.slots
         return max(1, cores() // self.threads) if self.backend == "local" else 64
 
-    @property
-    def slot_memory_mb(self) -> int:
-        """What a trial may hold."""
-        if self.memory_mb:
-            return self.memory_mb
-        from rorqual.device import available_memory
-
-        return max(256, available_memory() // 2**20 // (self.slot_count if self.backend == "local" else 1))
+    def slot_memory_mb(self, machine_mb: int) -> int:
+        """What a trial may hold, of a machine that has so much for all of them."""
+        return self.memory_mb or max(256, machine_mb // (self.slot_count if self.backend == "local" else 1))
 
 
 def cores() -> int:
