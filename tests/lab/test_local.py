@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from rorqual.lab.idea import Idea, submit
+from rorqual.lab.job import Job
 from rorqual.lab.local import Local
 from rorqual.lab.processes import identity, is_running, pid_of, with_token
 from rorqual.lab.rungs import Ladder
@@ -35,6 +36,9 @@ def idea(trial):
         step, total = step + 1, total + 1 / (step + trial.settings["x"])
         trial.done(step, loss=total)
         trial.save(step, total)
+
+def early(trial):
+    trial.done(1, loss=1.0)
 
 def crash(trial):
     raise ValueError("no luck with " + str(trial.settings["x"]))
@@ -86,6 +90,36 @@ def test_one_that_crashes_is_given_up_with_its_last_words(lab: Store) -> None:
     finish(lab, attempts=1)
     assert lab.trial(1).state == "failed"
     assert "ValueError: no luck with 7" in lab.trial(1).message
+
+
+def test_one_that_ends_early_is_given_up_and_told_why(lab: Store) -> None:
+    submit(lab, Idea(config="ideas:early", settings={}, steps=9, rungs=1))
+    finish(lab, 20.0, attempts=2)
+    assert lab.trial(1).state == "failed"
+    assert "ended at step 1 of 9 without being asked to" in lab.trial(1).message
+    assert len(lab.attempts_of(1)) == 2
+
+
+def test_an_attempt_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    job = Job(
+        "t",
+        1,
+        str(tmp_path / "trial"),
+        1,
+        (1,),
+        "loss",
+        "command",
+        {"command": "true", "folder": "/"},
+        {},
+        "t",
+        1,
+        1,
+    )
+    job.write()
+    before = len(os.listdir("/proc/self/fd"))
+    local = Local()
+    local.kill(local.start(job), "t")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_one_that_outgrows_its_slot_is_ended_and_told_why(lab: Store) -> None:

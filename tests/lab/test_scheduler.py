@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rorqual.lab.records import Trial
+from rorqual.lab.records import Ended, Trial
 from rorqual.lab.scheduler import Scheduler
 from rorqual.lab.settings import Settings
 from rorqual.lab.store import Store
@@ -229,6 +229,61 @@ def test_withdrawn_while_it_runs(make_lab: Make) -> None:
     assert lab.store.running() == []
 
 
+def test_withdrawn_at_the_end_of_a_rung_and_tried_again(make_lab: Make) -> None:
+    """Its last rung is reached all the same: it is done, not sent to a rung that there is not; at an earlier one it
+    waits for a place."""
+    lab = make_lab(slots=2, budgets=(1, 3))
+    last, first = lab.add(1.0), lab.add(2.0)
+    lab.look()
+    lab.backend.now += 1.0  # over, but nobody has looked
+    lab.store.withdraw(first, "ada")
+    lab.look()
+    lab.look()  # the other goes on alone
+    lab.backend.now += 5.0
+    lab.store.withdraw(last, "ada")
+    lab.look()
+    assert lab.states() == {last: "withdrawn", first: "withdrawn"}
+    for number in (last, first):
+        lab.store.again(number)
+    assert lab.states() == {last: "done", first: "paused"}
+    lab.finish()
+    assert lab.states()[last] == "done"
+
+
+def test_one_that_leaves_unasked_and_does_nothing_is_given_up(make_lab: Make) -> None:
+    lab = make_lab(budgets=(10,), attempts=1)
+    number = lab.add(1.0)
+    lab.look()
+    lab.backend.now += 4.0
+    begin = lab.backend.start
+
+    def start(job: Any) -> str:
+        handle: str = begin(job)
+        run = lab.backend.runs[handle]
+        lab.backend._end(run, run["from"], 75)
+        return handle
+
+    lab.backend.leave(next(iter(lab.backend.runs)))  # from outside, with four steps done: no failure
+    lab.backend.start = start
+    lab.finish(60)
+    assert lab.states() == {number: "failed"}
+    assert "left with code 75 at step 4" in lab.store.trial(number).message
+    assert [e.kind for e in lab.store.events(trial=number)] == ["try", "left", *["retry"] * 3, "fail"]
+
+
+def test_a_step_that_was_seen_is_progress(make_lab: Make) -> None:
+    """Failures without progress are counted: each attempt goes a step further, so it is tried again and again."""
+    lab = make_lab(budgets=(9,))
+    number = lab.add(1.0)
+    lab.look()
+    for step in range(1, 7):
+        (attempt,) = lab.store.running()
+        lab.store.progress([(attempt.id, number, step, None)])
+        lab.store.end(attempt, Ended(1, step), 3, 100.0)
+        lab.look(60.0)
+    assert lab.store.trial(number).failures == 1
+
+
 def test_one_that_does_not_leave_is_killed_when_its_time_is_up(make_lab: Make, monkeypatch: Any) -> None:
     lab = make_lab(budgets=(1000,), grace=30.0)
     number = lab.add(1.0)
@@ -406,8 +461,6 @@ def test_an_outcome_is_booked_once(make_lab: Make) -> None:
     lab.look()
     (attempt,) = lab.store.running()
     lab.backend.advance(1.0)
-    from rorqual.lab.records import Ended
-
     assert lab.store.end(attempt, Ended(0, 1, 0.5, 1.0), 3, 100.0) == "paused"
     assert lab.store.end(attempt, Ended(0, 1, 0.1, 1.0), 3, 100.0) == ""
     assert lab.store.results(1) == [(0, 1, 0.5)]

@@ -86,5 +86,5 @@ class Trial:
 
     @property
     def exit_code(self) -> int:
-        """0 with the budget used up, 75 where it left before."""
-        return LEFT if self.step < self.budget else 0
+        """75 where it was asked to leave before its budget was used up, else 0: whether that is so, its log says."""
+        return LEFT if self.asked and self.step < self.budget else 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rorqual.errors import RunError
 from rorqual.lab.child import environment
-from rorqual.lab.job import Job
+from rorqual.lab.job import LOG, Job
 from rorqual.lab.processes import identity, is_here, is_running, memory_mb, pid_of, send, with_token
 
 
@@ -23,11 +23,12 @@ class Local:
 
     def start(self, job: Job) -> str:
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "rorqual.lab.child", job.folder, str(job.attempt)],
-                env={**os.environ, **environment(job), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=_log(job), start_new_session=True,
-            )  # fmt: skip
+            with (Path(job.folder) / LOG).open("ab") as log:  # where a child that cannot even begin says why
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "rorqual.lab.child", job.folder, str(job.attempt)],
+                    env={**os.environ, **environment(job), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True,
+                )  # fmt: skip
         except OSError as e:
             raise RunError(
                 f"trial folder {job.folder}: no process could be started ({e.strerror or e})"
@@ -74,8 +75,3 @@ class Local:
 
     def close(self) -> None:
         self._children.clear()
-
-
-def _log(job: Job) -> int:
-    """Where a child that cannot even begin says why."""
-    return os.open(Path(job.folder) / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -27,7 +27,7 @@ from rorqual.lab.store import Store
 POLL = 0.05  # seconds between looks: an urgent trial waits no longer for its slot
 BACKLOG = 3  # promoted trials that wait, from which on they go before new ideas
 LOOK = 1.0  # seconds between readings of progress and memory
-VANISHED = 4  # times the cap for attempts that end without a word: they may have been killed from outside
+VANISHED = 4  # times the cap for attempts that vanish or leave unasked: it may have come from outside
 LOCK, LOG = "scheduler.lock", "scheduler.log"
 Say = Callable[[str], None]
 
@@ -142,14 +142,15 @@ class Scheduler:
             seconds = self.clock() - watch.since
             said = watch.killed or tail(folder)
             ended = Ended(code, step, None, seconds, said, retry=not watch.killed)
-        cap = self.settings.attempts * (VANISHED if ended.code is None else 1)
+        cap = self.settings.attempts * (VANISHED if ended.code in (None, 75) else 1)
         if ended.code not in (0, 75, None) and self._no_space():
             ended = Ended(**{**vars(ended), "excuse": self._no_space()})
         became = self.store.end(attempt, ended, cap, self.settings.half_life)
-        if became == "waiting" and ended.code not in (0, 75, None):
+        (told,) = self.store.events(trial=trial.id, last=1)
+        if became == "waiting" and told.kind == "retry" and ended.code is not None:
             failures = self.store.trial(trial.id).failures
             self.again_at[trial.id] = self.clock() + min(30.0, 0.5 * 4.0**failures)
-        self.say(f"trial {trial.id} ({trial.name}): {self.store.events(trial=trial.id, last=1)[0].text}")
+        self.say(f"trial {trial.id} ({trial.name}): {told.text}")
 
     def _patience(self, running: list[Attempt]) -> None:
         """Those who were asked to leave are reminded, and killed when their time is up."""

@@ -288,11 +288,15 @@ class Store:
     def again(self, number: int) -> None:
         """Let a failed or withdrawn trial try again from what it has saved. Raises RunError where it is neither."""
         with self.change() as db:
+            trial = self.trial(number)
+            top = next(s for s in self.studies() if s.id == trial.study).ladder.top
+            # A withdrawn one may have reached its rung all the same, even the last.
+            state = "done" if trial.reached > top else "paused" if trial.reached > trial.place else "waiting"
             changed = db.execute(
-                "UPDATE trials SET state='waiting', target=reached, failures=0, message='' "
+                "UPDATE trials SET state=?, target=?, failures=0, message='' "
                 "WHERE id=? AND state IN ('failed','withdrawn') AND NOT EXISTS "
                 "(SELECT 1 FROM attempts a WHERE a.trial=trials.id AND a.state!='ended')",
-                (number,),
+                (state, trial.reached - (state != "waiting"), number),
             ).rowcount
             if changed:
                 self._tell(db, "again", number, "tried again")
@@ -366,12 +370,19 @@ class Store:
                 return self._reached(db, trial, study, attempt, ended)
             if trial.state == "withdrawn":
                 return "withdrawn"
-            if ended.code == 75 or (asked and ended.code is None) or ended.excuse:
+            before = db.execute(
+                "SELECT COALESCE(MAX(step), 0) FROM attempts WHERE trial=? AND id<?", (trial.id, attempt.id)
+            ).fetchone()[0]
+            further = ended.step > before
+            left = ended.code == 75 and (
+                asked or further
+            )  # asked by us or, with something done, from outside
+            if left or (asked and ended.code is None) or ended.excuse:
                 db.execute("UPDATE trials SET state='waiting' WHERE id=?", (trial.id,))
                 why = ended.excuse or asked or "asked from outside"
                 self._tell(db, "left", trial.id, f"left at step {ended.step:,}: {why}")
                 return "waiting"
-            return self._failed(db, trial, ended, budget, cap)
+            return self._failed(db, trial, ended, budget, cap, further)
 
     def _reached(
         self, db: sqlite3.Connection, trial: Trial, study: Study, attempt: Attempt, ended: Ended
@@ -396,8 +407,10 @@ class Store:
         )
         return state
 
-    def _failed(self, db: sqlite3.Connection, trial: Trial, ended: Ended, budget: int, cap: int) -> str:
-        failures = 1 if ended.step > trial.step else trial.failures + 1
+    def _failed(
+        self, db: sqlite3.Connection, trial: Trial, ended: Ended, budget: int, cap: int, further: bool
+    ) -> str:
+        failures = 1 if further else trial.failures + 1
         if ended.code == 0:
             why = f"ended at step {ended.step:,} of {budget:,} without being asked to"
         elif ended.code is None:
