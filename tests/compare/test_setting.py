@@ -58,5 +58,11 @@ def test_what_is_not_a_part_is_refused_by_name() -> None:
         with_overrides(RECIPE, ["fast"])
 
 
+@pytest.mark.parametrize("pair", ["seed=5", "eval_rows=1", "steps=60", "stop_at=10", "parallel.tensor=2"])
+def test_an_idea_cannot_change_the_measure(pair: str) -> None:
+    with pytest.raises(ConfigError, match=f"--idea {pair}: .* belongs to the measure"):
+        with_overrides(RECIPE, [pair])
+
+
 def test_ideas_are_read_as_json_values() -> None:
     assert config(with_overrides(RECIPE, ["optim.lr=0.02"])).optim.lr == 0.02

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable
 from math import log2
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
+import rorqual
 from rorqual.compare.budget import PRESETS, Budget, budget
 from rorqual.compare.command import CompareOptions, sized
-from rorqual.compare.job import Job, Result
+from rorqual.compare.job import Job, Result, code
 from rorqual.compare.report import Findings, page, summary
 from rorqual.compare.setting import BASE, RECIPE, Setting
 from rorqual.compare.study import Pools, Study, equivalent_steps, last_passing
@@ -183,10 +185,39 @@ def test_budgets() -> None:
     assert budget("1e12", dataclasses.replace(Budget(), width=32)).width == 32
     with pytest.raises(ConfigError, match="--budget fast"):
         budget("fast")
+    for text in ("nan", "inf", "-1e12"):
+        with pytest.raises(ConfigError, match=f"--budget {text}: must be above 0 and finite"):
+            budget(text)
     with pytest.raises(ConfigError, match="too few"):
         dataclasses.replace(SMALL, steps=70)
     with pytest.raises(ConfigError, match="the smallest first"):
         dataclasses.replace(SMALL, fractions=(4, 2))
+
+
+def test_steps_are_counted_with_the_head_of_the_pool_that_was_given(tmp_path: Path) -> None:
+    """At 32,768 tokens most of a small model's FLOPs are its head's."""
+    (tmp_path / "meta.json").write_text(json.dumps({"splits": {}, "vocab_size": 32768, "dtype": "uint16"}))
+    asked = sized(CompareOptions(budget="3e13", data=tmp_path))
+    assert asked.vocab_size == 32768
+    for depth in (1, 2, 4):
+        b = asked.at_depth(depth)
+        assert b.steps * b.flops_per_step == pytest.approx(3e13, rel=0.01)
+
+
+def test_a_job_of_other_code_is_another_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meta.json").write_text(json.dumps({"splits": {}}))
+    job = Job(BASE, SMALL, 10, 0, tmp_path, tmp_path, tmp_path)
+    names, root = set(), Path(rorqual.__file__).parent
+    for place in ("here", "changed"):
+        shutil.copytree(root, tmp_path / place, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        if place == "changed":
+            with (tmp_path / place / "model" / "moe.py").open("a") as file:
+                file.write("# another\n")
+        monkeypatch.setattr(rorqual, "__file__", str(tmp_path / place / "__init__.py"))
+        code.cache_clear()
+        names.add(job.config.out)
+    code.cache_clear()
+    assert len(names) == 2
 
 
 def test_a_job_is_known_by_all_that_its_result_depends_on(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from math import inf
 
 from rorqual.errors import ConfigError
 
@@ -116,6 +117,8 @@ def budget(text: str, sizes: Budget | None = None) -> Budget:
         raise ConfigError(
             f"--budget {text}: must be {', '.join(PRESETS)} or the FLOPs of one baseline run, such as 3e13"
         ) from None
+    if not 0 < flops < inf:
+        raise ConfigError(f"--budget {text}: must be above 0 and finite")
     sizes = sizes or Budget()
     return dataclasses.replace(
         sizes, name=f"{flops:.1e} FLOPs", steps=max(1, round(flops / sizes.flops_per_step))

@@ -62,6 +62,7 @@ def compare(argv: Sequence[str]) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
+    require_workers(options.workers)
     budget = sized(options)
     built = options.data or built_pool(options.out / "data", budget, options.sources, say)
     try:
@@ -86,6 +87,9 @@ def investigate(study: Study, options: CompareOptions, say: Say) -> Findings:
 
     recipe = RECIPE if options.parts is None else Setting("recipe", options.parts)
     recipe = with_overrides(recipe, options.idea)
+    _ = study.job(
+        recipe, study.budget.steps, 0
+    ).config  # an idea that cannot be is told before the long search
     say("the baseline's rates and depth")
     study, sweep = study.sweep()
     b, base = study.budget, study.baseline
@@ -171,6 +175,19 @@ def caches(study: Study) -> list[Point]:
     return [study.point(s, b.steps // 3, b.control_seeds) for s in settings]
 
 
+def require_workers(workers: int) -> None:
+    if workers < 0:
+        raise ConfigError(f"--workers {workers}: must be 1 or more, or 0 for one a core")
+
+
+def vocabulary(data: Path | None) -> int:
+    """Of the pool that is trained on: equal FLOPs at another depth depend on the size of the head."""
+    from rorqual.compare.budget import Budget
+    from rorqual.data.shards import read_meta
+
+    return Budget.vocab_size if data is None else int(read_meta(data)["vocab_size"])
+
+
 def sized(options: CompareOptions) -> Budget:
     """The budget with the sizes that were asked for. Raises ConfigError for what cannot be."""
     from rorqual.compare.budget import Budget, budget
@@ -184,7 +201,9 @@ def sized(options: CompareOptions) -> Budget:
         changed["control_seeds"] = min(options.seeds or 1, 3)
     if "depth" in changed:
         changed["search_depth"] = False
-    base = dataclasses.replace(Budget(), **{k: v for k, v in changed.items() if k in ("width", "depth")})
+    changed["vocab_size"] = vocabulary(options.data)
+    before = {k: v for k, v in changed.items() if k in ("width", "depth", "vocab_size")}
+    base = dataclasses.replace(Budget(), **before)
     chosen = budget(options.budget, base)
     return dataclasses.replace(chosen, **changed)
 
@@ -227,7 +246,11 @@ def scaling(argv: Sequence[str]) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False)
 
-    bottom = Budget("ladder", width=options.width, steps=options.steps, seeds=options.seeds, control_seeds=1)
+    require_workers(options.workers)
+    bottom = Budget(
+        "ladder", width=options.width, steps=options.steps, seeds=options.seeds, control_seeds=1,
+        vocab_size=vocabulary(options.data),
+    )  # fmt: skip
     built = options.data or built_pool(options.out / "data", bottom, options.sources, say)
     matches, fitted = [], []
     found: Budget | None = None  # the rung below at its best rates and depth

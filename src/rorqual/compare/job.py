@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import resource
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import rorqual
 from rorqual.checkpoint.files import write_whole
 from rorqual.compare.budget import Budget
 from rorqual.compare.setting import Setting
@@ -19,6 +21,7 @@ from rorqual.errors import RunError
 from rorqual.train.config import TrainConfig
 
 RESULT = "result.json"
+SOURCE = frozenset({".py", ".h", ".cpp"})
 CURVE_POINTS = 5  # held-out losses along a run, for the chart: each costs a pass over all of its rows
 
 
@@ -36,7 +39,8 @@ class Job:
 
     @property
     def config(self) -> TrainConfig:
-        """The run's config; the folder carries a hash of all that its result depends on: the text, not where it lies."""
+        """The run's config; the folder carries a hash of all that its result depends on: the text, not where it lies, and
+        the code."""
         b = self.budget
         tree: dict[str, Any] = {}
         every = self.steps // CURVE_POINTS if self.seed == 0 else self.steps
@@ -48,7 +52,7 @@ class Job:
         }  # fmt: skip
         for dotted, value in (fixed | self.setting.overrides()).items():
             put(tree, dotted, value)
-        marks = [fingerprint(self.data), fingerprint(self.target)]
+        marks = [fingerprint(self.data), fingerprint(self.target), code()]
         key = hashlib.sha256(json.dumps([tree, marks], sort_keys=True).encode()).hexdigest()[:10]
         name = "-".join(self.setting.name.split())
         put(tree, "data", [str(self.data.resolve())])
@@ -158,6 +162,18 @@ def _moved(config: TrainConfig) -> bool:
     if not path.is_file():
         return False
     return bool(json.loads(path.read_text(encoding="utf-8"))["data"] != to_dict(config)["data"])
+
+
+@functools.cache
+def code() -> str:
+    """A hash of the source that trains and judges: a run of other code is another run."""
+    root = Path(rorqual.__file__).parent
+    files = [p for d in ("kernels", "model", "train") for p in (root / d).rglob("*") if p.suffix in SOURCE]
+    files += [root / "data" / "loader.py", root / "compare" / "job.py"]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def fingerprint(folder: Path) -> str:

@@ -103,6 +103,10 @@ def with_overrides(setting: Setting, pairs: Sequence[str]) -> Setting:
         key, sign, value = pair.partition("=")
         if not sign or not key:
             raise ConfigError(f"--idea {pair}: must be KEY=VALUE, such as optim.lr=0.01")
+        if key in MEASURE or key.startswith("parallel."):
+            raise ConfigError(
+                f"--idea {pair}: {key} belongs to the measure, which is the same for both sides"
+            )
         more.append((key, scalar(value)))
     return Setting(setting.name, setting.parts, tuple(more))
 
@@ -113,6 +117,12 @@ def known(part: str) -> str:
         raise ConfigError(f"part {part!r}: must be one of {', '.join(PARTS)}")
     return part
 
+
+# What an idea cannot set: the measure itself.
+MEASURE = frozenset({
+    "data", "out", "steps", "seed", "seq_len", "device", "stop_at", "eval_every", "eval_rows", "sample_every",
+    "save_every", "keep", "log_every", "tensorboard", "init_from", "extend_context",
+})  # fmt: skip
 
 BASE = Setting("baseline")
 RECIPE = Setting(
