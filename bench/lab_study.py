@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import RECORDS, Row, write_record
 
 from rorqual.config import put
-from rorqual.lab.command import load_settings
 from rorqual.lab.evidence import changes, noise
 from rorqual.lab.idea import Idea, submit
 from rorqual.lab.local import Local
 from rorqual.lab.report import Learnt, write_report
 from rorqual.lab.scheduler import Scheduler, hold
+from rorqual.lab.settings import load_settings
 from rorqual.lab.store import Store
 from rorqual.train.stop import Stop
 

@@ -327,6 +327,19 @@ def test_a_slot_does_not_shrink_by_what_trials_hold(make_lab: Make, monkeypatch:
     assert "held 501 MB, a slot has 500" in lab.store.trial(1).message
 
 
+def test_a_running_lab_hears_of_its_settings(make_lab: Make) -> None:
+    lab = make_lab(slots=2, budgets=(100,), grace=7.0)
+    for i in range(3):
+        lab.add(float(i))
+    lab.look()
+    assert len(lab.store.running()) == 2
+    assert lab.scheduler.settings.grace == 7.0  # nothing was set: what the scheduler was given holds
+    Store(lab.store.folder).set_meta(settings={"slots": 3, "memory_mb": 1000, "backend": "slurm"})
+    lab.look(1.0)
+    assert len(lab.store.running()) == 3
+    assert lab.scheduler.settings.backend == "local"
+
+
 def test_two_schedulers_on_one_state_file_do_no_harm(make_lab: Make) -> None:
     """They take turns at random; the machine refuses two attempts in one folder, and nothing is computed twice."""
     lab = make_lab(slots=2)

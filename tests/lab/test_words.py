@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rorqual.cli import main
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, RunError
 from rorqual.lab.evidence import changes, effects
+from rorqual.lab.idea import Idea, submit
+from rorqual.lab.job import curve, seen
 from rorqual.lab.page import server
 from rorqual.lab.report import write_report
 from rorqual.lab.space import Space
+from rorqual.lab.store import Store
+from rorqual.lab.top import screen
 
 Make = Callable[..., Any]
 
@@ -85,6 +93,58 @@ def test_the_page_the_report_and_the_command_line_tell_the_same_story(
     assert main(["lab", "show", "1", "--lab", folder]) == 0
     said = capsys.readouterr().out
     assert "goes on to step 3" in said
+
+
+def test_what_is_not_finite_breaks_no_page(make_lab: Make) -> None:
+    lab = make_lab()
+    lab.add(1.0, clip=math.inf)
+    lab.look()
+    log = lab.store.folder_of(lab.store.trial(1)) / "run" / "metrics.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": NaN}\n{"step": 3, "loss": Infinity}\n')
+    lab.look(2.0)
+    assert curve(log.parents[1], "loss") == [(1, 2.0)]
+    assert seen(log.parents[1], "loss") == (3, None)
+    assert "curves of loss" in screen(lab.store)
+    running = server(lab.store.folder, "127.0.0.1", 0)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    try:
+        base = f"http://127.0.0.1:{running.server_port}"
+        for path in ("/api/lab", "/api/lab?story=%C2%B2", "/api/trial/1"):
+            with urllib.request.urlopen(base + path) as answer:
+                json.load(answer, parse_constant=pytest.fail)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{base}/api/trial/{10**19}")
+    finally:
+        running.shutdown()
+        running.server_close()
+    with pytest.raises(RunError, match="not in"):
+        lab.store.withdraw(10**19, "ada")
+
+
+def test_who_is_measured_on_another_text_does_not_compete(token_set: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(token_set, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    meta["splits"]["heldout"][0]["sha256"] = "0" * 64
+    (other / "meta.json").write_text(json.dumps(meta))
+    store = Store(tmp_path / "lab")
+    same = shutil.copytree(token_set, tmp_path / "same")
+    studies = [submit(store, Idea(data=(d,), steps=9)).study for d in (token_set, same, other)]
+    fewer = submit(store, Idea(data=(token_set,), steps=9, settings={"eval_rows": 2})).study
+    assert studies[0] == studies[1]
+    assert len({studies[0], studies[2], fewer}) == 3
+    (other / "meta.json").write_text("{}")
+    with pytest.raises(ConfigError, match="json is damaged"):
+        submit(store, Idea(data=(other,), steps=9))
+
+
+def test_a_slip_in_a_space_opens_none_of_it(token_set: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["--data", str(token_set), "--steps", "9", "--grid", "--hold", "--lab", str(tmp_path / "lab")]
+    assert main(["lab", "space", "--vary", "schedule.name=cosine|wsd|wavy", *words]) == 2
+    assert Store(tmp_path / "lab").trials() == []
+    for command, said in ((" ", "empty"), ("python 'x", "close every quote")):
+        more = ["--command", command, "--steps", "9", "--hold", "--lab", str(tmp_path / "lab")]
+        assert main(["lab", "try", *more]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_slip_costs_no_slot(tmp_path: Any, capsys: Any) -> None:

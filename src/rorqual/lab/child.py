@@ -7,7 +7,6 @@ import dataclasses
 import fcntl
 import importlib
 import json
-import math
 import os
 import shlex
 import signal
@@ -62,8 +61,6 @@ def main(folder: Path, attempt: int) -> int:
     sys.stdout.flush()
     step, value = seen(folder, job.metric, job.budget)
     said = "" if code in (0, contract.LEFT) else tail(folder)
-    if value is not None and not math.isfinite(value):
-        value = None
     Outcome(code, step, value, time.monotonic() - begin, said).write(folder, attempt)
     return code
 

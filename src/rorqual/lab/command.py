@@ -16,7 +16,6 @@ from rorqual.lab.store import PRIORITIES, Store
 
 if TYPE_CHECKING:
     from rorqual.lab.idea import Idea
-    from rorqual.lab.settings import Settings
 
 DESCRIPTION = "Anyone starts an idea at once at the smallest rung; the best of each rung are given more."
 
@@ -97,7 +96,9 @@ def _idea() -> argparse.ArgumentParser:
     idea.add_argument("--name")
     idea.add_argument("--who", help="default: the user's name")
     idea.add_argument("--priority", choices=list(PRIORITIES), default="normal")
-    idea.add_argument("--study", help="trials that are measured alike compete; default: by steps and measure")
+    idea.add_argument(
+        "--study", help="who competes; default: what is measured alike, by steps, measure and held-out text"
+    )
     idea.add_argument("--steps", type=int, help="of the last rung; default: the config's")
     idea.add_argument("--eta", type=int, help="of each rung the best 1/eta go on; default: 3")
     idea.add_argument("--rungs", type=int, help="default: 3")
@@ -146,13 +147,13 @@ def _try(o: argparse.Namespace) -> int:
 
 
 def _space(o: argparse.Namespace) -> int:
-    from rorqual.lab.idea import submit
+    from rorqual.lab.idea import submit_all
     from rorqual.lab.space import Space
 
     space = Space.parse(o.vary)
     points = space.grid() if o.grid else space.draw(o.trials, o.seed)
     store = Store(o.lab)
-    made = [submit(store, idea) for idea in _ideas(o, points)]
+    made = submit_all(store, _ideas(o, points))
     print(f"trials {made[0].id} to {made[-1].id}: rorqual lab top{_where(o.lab)}")
     return _go(store, o)
 
@@ -173,6 +174,7 @@ def _go(store: Store, o: argparse.Namespace) -> int:
 def _run(o: argparse.Namespace) -> int:
     from rorqual.lab.backends import backend
     from rorqual.lab.scheduler import Scheduler, hold, scheduler_pid
+    from rorqual.lab.settings import load_settings
     from rorqual.train.stop import Stop
 
     store = Store(o.lab)
@@ -197,14 +199,6 @@ def _run(o: argparse.Namespace) -> int:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-def load_settings(store: Store) -> Settings:
-    """Of a lab, with the defaults of those that were not set."""
-    from rorqual.config import from_dict
-    from rorqual.lab.settings import Settings
-
-    return from_dict(Settings, store.meta("settings") or {})
 
 
 def _set(o: argparse.Namespace) -> int:

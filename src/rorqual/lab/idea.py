@@ -7,16 +7,18 @@ submit(store, Idea(config="recipe.toml", data=(Path("data/python"),), settings={
 from __future__ import annotations
 
 import getpass
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rorqual.config import from_dict, put, read_tree, to_dict
 from rorqual.errors import ConfigError
-from rorqual.lab.records import Trial
+from rorqual.lab.records import Study, Trial
 from rorqual.lab.rungs import Ladder
 from rorqual.lab.store import PRIORITIES, Store
 from rorqual.train.config import TrainConfig
@@ -39,7 +41,9 @@ class Idea:
     name: str | None = None  # the settings, by default
     who: str | None = None  # the user, by default
     priority: str = "normal"
-    study: str | None = None  # by default, by steps and measure: trials that are measured alike compete
+    study: str | None = (
+        None  # by default, by steps, measure and held-out text: what is measured alike competes
+    )
     steps: int | None = None  # of the last rung; the config's, by default
     eta: int = 3
     rungs: int = 3
@@ -49,21 +53,40 @@ class Idea:
 
 def submit(store: Store, idea: Idea) -> Trial:
     """Put an idea in. Raises ConfigError for what cannot be."""
-    if idea.config is not None and idea.command is not None:
-        raise ConfigError("--command: leave CONFIG out, or --command")
-    if idea.priority not in PRIORITIES:
-        raise ConfigError(f"--priority {idea.priority}: must be one of {', '.join(PRIORITIES)}")
-    kind, spec, ladder = _work(idea)
+    return submit_all(store, [idea])[0]
+
+
+def submit_all(store: Store, ideas: Sequence[Idea]) -> list[Trial]:
+    """Put ideas in: all of them, or, where one of them cannot be, a ConfigError and none."""
+    works = [_work(idea) for idea in ideas]
+    studies = [_study(store, idea, *work) for idea, work in zip(ideas, works, strict=True)]
+    found = []
+    for idea, (kind, spec, _), study in zip(ideas, works, studies, strict=True):
+        called, priority = idea.name or _called(idea), PRIORITIES[idea.priority]
+        number = store.add(study, idea.who or me(), called, kind, spec, dict(idea.settings), priority)
+        found.append(store.trial(number))
+    return found
+
+
+def _study(store: Store, idea: Idea, kind: str, spec: Mapping[str, Any], ladder: Ladder) -> Study:
+    """Whom an idea competes with: by default all that are measured alike."""
     metric = idea.metric or ("heldout_bpb" if kind == "train" else "loss")
-    name = (
-        idea.study or f"{metric} at {ladder.budgets[-1]} steps, {len(ladder.budgets)} rungs of {ladder.eta}"
-    )
-    study = store.study(name, ladder, metric)
-    called = idea.name or _called(idea)
-    number = store.add(
-        study, idea.who or me(), called, kind, spec, dict(idea.settings), PRIORITIES[idea.priority]
-    )
-    return store.trial(number)
+    name = f"{metric} at {ladder.budgets[-1]} steps, {len(ladder.budgets)} rungs of {ladder.eta}"
+    if kind == "train" and idea.study is None:
+        name += f", {_held_out(spec['config'])}"
+    return store.study(idea.study or name, ladder, metric)
+
+
+def _held_out(config: Mapping[str, Any]) -> str:
+    """The text that a run of `rorqual train` is measured on, by the checksums of its shards."""
+    digest = hashlib.sha256()
+    for folder in config["data"]:
+        try:
+            meta = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
+            digest.update("".join(shard["sha256"] for shard in meta["splits"]["heldout"]).encode())
+        except (ValueError, KeyError, TypeError) as e:
+            raise ConfigError(f"--data {folder}: meta.json is damaged ({e}); build the set again") from e
+    return f"{config['eval_rows']} rows of {digest.hexdigest()[:8]}"
 
 
 def me() -> str:
@@ -76,6 +99,10 @@ def me() -> str:
 
 def _work(idea: Idea) -> tuple[str, dict[str, Any], Ladder]:
     """(kind, what the child needs, rungs)."""
+    if idea.config is not None and idea.command is not None:
+        raise ConfigError("--command: leave CONFIG out, or --command")
+    if idea.priority not in PRIORITIES:
+        raise ConfigError(f"--priority {idea.priority}: must be one of {', '.join(PRIORITIES)}")
     function = idea.config is not None and ":" in idea.config and not Path(idea.config).exists()
     if idea.command is None and not function:
         return "train", *_train(idea)
@@ -85,6 +112,12 @@ def _work(idea: Idea) -> tuple[str, dict[str, Any], Ladder]:
         raise ConfigError("--steps: say how many steps the last rung has")
     ladder = Ladder.below(idea.steps, idea.eta, idea.rungs, idea.goal)
     if idea.command is not None:
+        try:
+            words = shlex.split(idea.command)
+        except ValueError as e:
+            raise ConfigError(f"--command {idea.command}: {e}; close every quote") from e
+        if not words:
+            raise ConfigError(f"--command {idea.command!r}: empty; name a program")
         return "command", {"command": idea.command, "folder": str(Path.cwd())}, ladder
     return "function", {"function": _function(idea.config or ""), "folder": str(Path.cwd())}, ladder
 
@@ -130,7 +163,7 @@ def _called(idea: Idea) -> str:
     if idea.settings:
         return ",".join(f"{k.rpartition('.')[2]}={_short(v)}" for k, v in idea.settings.items())
     if idea.command is not None:
-        return Path(idea.command.split()[0]).name
+        return Path(shlex.split(idea.command)[0]).name
     if idea.config is None:
         return "train"
     return idea.config if ":" in idea.config else Path(idea.config).stem

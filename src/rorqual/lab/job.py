@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class Backend(Protocol):
 
 
 def seen(folder: Path, metric: str, budget: int | None = None) -> tuple[int, float | None]:
-    """(last step, latest value) of a trial's log, up to a budget."""
+    """(last step, latest value) of a trial's log, up to a budget; no value where the latest is not finite."""
     step, value = 0, None
     for line in lines(folder / RUN / METRICS):
         if budget is not None and line["step"] > budget:
@@ -103,14 +104,14 @@ def seen(folder: Path, metric: str, budget: int | None = None) -> tuple[int, flo
         step = line["step"]
         found = line.get(metric)
         if isinstance(found, (int, float)):
-            value = float(found)
+            value = float(found) if math.isfinite(found) else None
     return step, value
 
 
 def curve(folder: Path, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of all that was measured."""
+    """(step, value) of all that was measured and is finite."""
     found = ((x["step"], x.get(metric)) for x in lines(folder / RUN / METRICS))
-    return [(s, float(v)) for s, v in found if isinstance(v, (int, float))]
+    return [(s, float(v)) for s, v in found if isinstance(v, (int, float)) and math.isfinite(v)]
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:

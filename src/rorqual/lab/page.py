@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def server(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
             finally:
                 store.close()
             code = 404 if found is None or "error" in found else 200
-            body = json.dumps(found or {"error": f"{parts.path}: not a page of the lab"}, allow_nan=False)
+            body = json.dumps(
+                _finite(found or {"error": f"{parts.path}: not a page of the lab"}), allow_nan=False
+            )
             self.answer(code, body.encode(), "application/json")
 
         def answer(self, code: int, body: bytes, kind: str) -> None:
@@ -66,12 +69,25 @@ def server(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
 def look(store: Store, path: str, query: dict[str, list[str]]) -> dict[str, Any] | None:
     """What a path means, as plain values; None: no such path."""
     if path == "/api/lab":
-        last = int(query.get("story", ["200"])[0]) if query.get("story", ["200"])[0].isdigit() else 200
-        events = [vars(e) for e in store.events(last=min(last, 5000))]
+        last = _number(query.get("story", ["200"])[0])
+        events = [vars(e) for e in store.events(last=200 if last is None else min(last, 5000))]
         return {**as_tree(store), "ideas": ideas(store), "story": events}
-    if path.startswith("/api/trial/") and path.rpartition("/")[2].isdigit():
-        return idea(store, int(path.rpartition("/")[2]))
-    return None
+    number = _number(path.removeprefix("/api/trial/"))
+    return None if number is None else idea(store, number)
+
+
+def _finite(tree: Any) -> Any:
+    """A tree with null for what JSON cannot say, such as a setting of infinity."""
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def _number(text: str) -> int | None:
+    """A number as the state file can hold it."""
+    return int(text) if text.isdecimal() and len(text) < 19 else None
 
 
 def ideas(store: Store) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rorqual.device import available_memory
 from rorqual.errors import RorqualError
@@ -21,7 +21,7 @@ from rorqual.lab.choose import Busy, Wish, make_room, order
 from rorqual.lab.job import Backend, Job, Outcome, seen, tail
 from rorqual.lab.records import Attempt, Ended, Study, Trial
 from rorqual.lab.rungs import Promotion, Standing, best_left, bonus, due
-from rorqual.lab.settings import Settings
+from rorqual.lab.settings import Settings, load_settings
 from rorqual.lab.store import Store
 
 POLL = 0.05  # seconds between looks: an urgent trial waits no longer for its slot
@@ -57,11 +57,13 @@ class Scheduler:
     blocked: str = ""  # why nothing is started, once said
     standings: dict[int, list[Standing]] = field(default_factory=dict)
     _version: int = -1
+    _kept: Any = None  # settings as the state file has them
     machine_mb: int = field(init=False)  # for all slots: read once, since what trials hold is free no more
 
     def __post_init__(self) -> None:
         handles = [a.handle for a in self.store.running() if a.handle and self.backend.alive(a.handle)]
         held = [self.backend.held_mb(handle) for handle in handles]
+        self._kept = self.store.meta("settings")
         self.machine_mb = available_memory() // 2**20 + int(sum(mb for mb in held if mb))
 
     # One look
@@ -71,6 +73,7 @@ class Scheduler:
         self._version, changed = self.store.version(), self.store.version() != self._version
         if changed:
             self.standings.clear()
+            self._reload()
         running = self.store.running()
         self._begin_watching(running)
         if self._collect(running):
@@ -79,6 +82,15 @@ class Scheduler:
         self._patience(running)
         self._progress(running)
         return self._fill(running)
+
+    def _reload(self) -> None:
+        """Take over what `lab set` has changed, but for the back-end, which the next scheduler begins."""
+        kept = self.store.meta("settings")
+        if kept == self._kept:
+            return
+        self._kept, old = kept, self.settings
+        self.settings = replace(load_settings(self.store), backend=old.backend, slurm=old.slurm, ray=old.ray)
+        self.store.tell("set", f"settings are now {kept}")
 
     def _begin_watching(self, running: list[Attempt]) -> None:
         now = self.clock()

@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from rorqual.config import from_dict
 from rorqual.errors import ConfigError
+from rorqual.lab.store import Store
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Settings:
     def slot_memory_mb(self, machine_mb: int) -> int:
         """What a trial may hold, of a machine that has so much for all of them."""
         return self.memory_mb or max(256, machine_mb // (self.slot_count if self.backend == "local" else 1))
+
+
+def load_settings(store: Store) -> Settings:
+    """Of a lab, with the defaults of those that were not set."""
+    return from_dict(Settings, store.meta("settings") or {})
 
 
 def cores() -> int:

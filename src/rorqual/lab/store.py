@@ -208,7 +208,9 @@ class Store:
 
     def trial(self, number: int) -> Trial:
         """Raises RunError where there is none of the number."""
-        row = self.db.execute("SELECT * FROM trials WHERE id=?", (number,)).fetchone()
+        row = None
+        if abs(number) < 2**63:  # what SQLite can hold
+            row = self.db.execute("SELECT * FROM trials WHERE id=?", (number,)).fetchone()
         if row is None:
             raise RunError(f"trial {number}: not in {self.folder}; `rorqual lab status` lists them")
         return _trial(row)
@@ -267,6 +269,7 @@ class Store:
 
     def withdraw(self, number: int, who: str) -> None:
         """Take an idea out; a running attempt is asked to leave. Raises RunError where it has ended."""
+        self.trial(number)
         with self.change() as db:
             changed = db.execute(
                 "UPDATE trials SET state='withdrawn', message=? WHERE id=? AND state IN ('waiting','running','paused')",
