@@ -76,6 +76,8 @@ def test_row_68_an_adapter_comes_and_goes_without_dropping_streams(start, tmp_pa
     for path, body in (
         ("/v1/load_lora_adapter", {**wish, "lora_name": "x", "lora_path": "\0"}),
         ("/v1/models/load", {"model": "x", "path": "\0"}),
+        ("/v1/load_lora_adapter", {**wish, "lora_name": "x", "lora_path": "x" * 5000}),
+        ("/v1/models/load", {"model": "x", "path": "x" * 5000}),
     ):
         assert live.client.post(path, json=body).status_code == 400
     wrong = live.client.post("/v1/load_lora_adapter", json={**wish, "lora_name": "x", "lora_path": str(base)})

@@ -222,6 +222,15 @@ def test_schemas_that_mean_nothing(live, schema):
     assert answer.json()["error"]["code"] == "invalid_schema"
 
 
+def test_a_number_between_bounds_ends(live):
+    """Zeros after the point, of which no number of them may be the end, are not what closes it."""
+    schema = closed(a={"type": "number", "exclusiveMinimum": 0})
+    choices = structured(live, schema, n=60, seed=0, max_tokens=60)
+    assert {choice["finish_reason"] for choice in choices} == {"stop"}
+    for choice in choices:
+        check(schema, choice["message"]["content"])
+
+
 @pytest.mark.parametrize("depth", [100, 150, 490])
 def test_a_schema_may_be_nested_too_deeply(start, depth):
     """llguidance reads 128 levels of JSON."""

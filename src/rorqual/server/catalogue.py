@@ -101,7 +101,7 @@ async def load_model(caller: Caller, body: bytes) -> Reply:
         raise ApiError(409, f"{request.model!r} is served already", code="model_exists", param="model")
     try:
         model = await asyncio.to_thread(service.load, request.model, path)
-    except RorqualError as e:
+    except (RorqualError, OSError) as e:
         raise invalid(str(e), "path", "model_not_loadable") from None
     service.models.add(model)
     model.bridge.start()
@@ -141,7 +141,7 @@ async def load_adapter(caller: Caller, body: bytes) -> Reply:
         )
     try:
         await base.bridge.run_on_engine(lambda: load(request.lora_name, path))
-    except RorqualError as e:
+    except (RorqualError, OSError) as e:
         raise invalid(str(e), "lora_path", "model_not_loadable") from None
     models.add(base.adapted(request.lora_name))
     return Json(describe(request.lora_name, models.find(request.lora_name), caller))

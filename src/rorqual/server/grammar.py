@@ -135,7 +135,8 @@ class _JsonText:
 
     _BETWEEN = tuple(bytes([c]) for c in b'}]"0123456789tfn-{[,: ')
     _STRING = tuple(bytes([c]) for c in b'"abcdefghijklmnopqrstuvwxyz0123456789')
-    _NUMBER = tuple(bytes([c]) for c in b"}],0123456789.eE-+ ")
+    # 0 last: after zeros alone a bound may rule the end out for ever
+    _NUMBER = tuple(bytes([c]) for c in b"}],1234567890.eE-+ ")
 
     def __init__(self) -> None:
         self.in_string = False
