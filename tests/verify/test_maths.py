@@ -21,12 +21,19 @@ EQUAL = [
     ("[0,1)", "[0, 1)"), ("5", "x=5"), ("x=5", "5"), ("2", "$2$"), ("90", "90^\\circ"), ("12", "12\\text{ cm}"),
     ("120", "5!"), ("\\pi/2", "π/2"), ("3", "\\log_2 8"), ("2x", "x*2"), ("\\frac{x}{2}", "0.5x"), ("8", "2^3"),
     ("y=2x+1", "2x+1"), ("2", "\\sqrt[3]{8}"), ("1/3", "\\frac13"), ("7", "|-7|"), ("\\infty", "oo"),
-    ("2^{100}", "1267650600228229401496703205376"), ("x+y=3", "3=y+x"), ("-3", "−3"),
+    ("2^{100}", "1267650600228229401496703205376"), ("x+y=3", "3=y+x"), ("-3", "−3"), ("2\\eta", "\\eta\\cdot 2"),
+    ("(\\sqrt2+\\sqrt3)^2", "5+2\\sqrt6"), ("e^{-100}", "1/e^{100}"), ("(x,y)=(1,2)", "(1,2)"),
+    # what is no expression, as text
+    ("the answer", "the answer"), ("\\text{Evelyn}", "Evelyn"), ("\\textbf{(C)}", "C"), ("x \\leq 3", "$x\\le3$"), ("x<3", "x < 3."),
+    ("2\\pm\\sqrt{3}", "2 \\pm \\sqrt{3}"), ("[1,2]\\cup[3,4]", "\\left[1, 2\\right] \\cup [3,4]"), ("x ≠ 1", "x \\neq 1"),
 ]  # fmt: skip
 UNEQUAL = [
     ("1/3", "0.33"), ("{1,2}", "1"), ("(1,2)", "(2,1)"), ("[0,1)", "[0,1]"), ("x^2", "x^3"), ("x", "y"), ("2", "3"),
     ("\\sqrt{x^2}", "x"), ("5", ""), ("5", "five"), ("5", "5 or 6"), ("5", "5 6"), ("5", "5,6"), ("{1,2}", "{1,1}"),
     ("\\infty", "1"), ("x", "x+0.0000001"), ("10", "1０"), ("4", "\\boxed{4"),
+    ("the answer", "5"), ("\\text{Evelyn}", "\\text{Bob}"), ("x \\leq 3", "3 \\leq x"), ("x < 3", "x > 3"), ("3\\pm 2", "3+2mp"),
+    ("(\\text{C})", "(\\text{D})"), ("[1,2]\\cup[3,4]", "7"), ("(x,y)=(1,2)", "(1,3)"), ("(x+1,y)=(1,2)", "5"), ("e^{-100}", "0"), ("e^{-100}", "e^{-200}"),
+    ("\\pi\\cdot 10^{-50}", "0"), ("xi", "\\xi"), ("10^{-50}x", "0"),
 ]  # fmt: skip
 HOSTILE = [
     "9**9**9", "9^9^9^9", "9^{9^{9^9}}", "2^{10^{10}}", "(10^{10})!", "99999!", "((((9!)!)!)!)!", "9!" + "!" * 90,
@@ -70,8 +77,6 @@ def test_a_right_answer_that_takes_too_long_is_the_graders_failure() -> None:
     limits = Limits(seconds=0.3, memory_mb=1024)
     assert maths.equal("(10^{9})!", "x", limits).verdict is Verdict.GRADER_FAILED
     assert maths.equal("x", "(10^{9})!", limits).verdict is Verdict.WRONG
-    assert maths.equal("the answer", "5").verdict is Verdict.GRADER_FAILED
-    assert maths.equal("the answer", "the answer").verdict is Verdict.RIGHT
 
 
 def test_two_hundred_right_answers_from_sixteen_threads() -> None:

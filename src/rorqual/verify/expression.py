@@ -74,7 +74,17 @@ DROPPED = re.compile(
     r"\\(?:left|right|displaystyle|,|!|;|:|quad|qquad| |limits)|\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}"
     r"|\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\degree|\\\$|\$"
 )
-TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)|\\?([A-Za-z]+)|(\*\*|[-+*/^!()\[\],=|_%]|\\?[{}]))")
+MORE_GREEK = [
+    "zeta",
+    "eta",
+    "iota",
+    "kappa",
+    "xi",
+    "upsilon",
+    "chi",
+    "psi",
+]  # with a backslash; else xi is x times i
+TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)|(\\?[A-Za-z]+)|(\*\*|[-+*/^!()\[\],=|_%]|\\?[{}]))")
 
 
 class ParseError(ValueError):
@@ -117,15 +127,16 @@ class _Parser:
 
     @staticmethod
     def _words(name: str) -> list[tuple[str, str]]:
+        command, name = name.startswith("\\"), name.removeprefix("\\")
         plain = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac"}.get(name, name)
         if plain in ("cdot", "times", "ast"):
             return [("sign", "*")]
         if plain == "div":
             return [("sign", "/")]
         known = plain in FUNCTIONS or plain in CONSTANTS or plain in GREEK or plain == "frac"
-        if known or len(plain) == 1:
+        if known or (command and plain in MORE_GREEK) or (len(plain) == 1 and not command):
             return [("name", plain)]
-        if len(plain) > 3:
+        if command or len(plain) > 3:  # \leq is not l times e times q
             raise ParseError(f"the word {name!r}")
         return [("name", letter) for letter in plain]
 
@@ -162,7 +173,8 @@ class _Parser:
         left = self.sum()
         if self.take("="):
             right = self.sum()
-            return right if left[0] == "var" else self.node("=", left, right)
+            names = left[3] if left[0] == "group" else [left]  # x=1 and (x,y)=(1,2) say what x and y are
+            return right if names and all(n[0] == "var" for n in names) else self.node("=", left, right)
         return left
 
     def sum(self) -> Tree:
@@ -248,6 +260,8 @@ class _Parser:
         )
         if len(items) == 1 and (opening, closing) in (("(", ")"), ("{", "}")):
             return items[0]
+        if not items and opening in ("(", "["):
+            raise ParseError("empty brackets")
         return self.node("group", opening[-1], closing[-1], items)
 
     def name(self, word: str) -> Tree:

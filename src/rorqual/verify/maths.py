@@ -21,6 +21,8 @@ from rorqual.verify.outcome import RIGHT, Outcome, grader_failed, wrong
 from rorqual.verify.sandbox import Limits, Sandbox
 
 LIMITS = Limits(seconds=2.0, memory_mb=1024, result_kb=64)
+WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|\\[,!;: ]|\\?\$")
 
 _lock = threading.Lock()
 _shared: dict[int, Sandbox] = {}
@@ -51,11 +53,11 @@ def grade(gold: str, completion: str, limits: Limits | None = None) -> Outcome:
 
 
 def equal(gold: str, answer: str, limits: Limits | None = None) -> Outcome:
-    """The verdict on an answer. A right answer that cannot be read is the grader's failure."""
+    """The verdict on an answer. Where the right one is no expression that can be read, the texts must be equal."""
     try:
         right = parse(gold)
-    except ParseError as e:
-        return RIGHT if answer.strip() == gold.strip() else grader_failed(f"gold {gold[:80]!r}: {e}")
+    except ParseError:
+        return _as_text(gold, answer)
     try:
         given = parse(answer)
     except ParseError as e:
@@ -65,13 +67,32 @@ def equal(gold: str, answer: str, limits: Limits | None = None) -> Outcome:
     a, b = rational(right), rational(given)
     if a is not None and b is not None:
         return RIGHT if a == b else wrong(f"{answer[:80]}, not {gold[:80]}")
-    return _symbolic(right, given, limits or LIMITS)
+    outcome = _symbolic(right, given, limits or LIMITS)
+    return _as_text(gold, answer) if outcome is None else outcome
 
 
-def _symbolic(gold: Tree, answer: Tree, limits: Limits) -> Outcome:
+def _as_text(gold: str, answer: str) -> Outcome:
+    return RIGHT if plain(gold) == plain(answer) else wrong(f"{answer[:80]}, not the text {gold[:80]}")
+
+
+def plain(text: str) -> str:
+    """A text without what makes no difference to a reader: spaces, sizes, fonts, brackets around a letter of a choice."""
+    text = WRAPPED.sub(r"\1", SIZES.sub("", text)).strip().removesuffix(".")
+    for name, same in (("le", "leq"), ("ge", "geq"), ("ne", "neq"), ("dfrac", "frac"), ("tfrac", "frac")):
+        text = re.sub(rf"\\{name}(?![A-Za-z])", rf"\\{same}", text)
+    for sign, name in (("≤", "leq"), ("≥", "geq"), ("≠", "neq")):
+        text = text.replace(sign, rf"\{name} ")
+    text = "".join(text.split())
+    return re.sub(r"^\(([A-Z])\)$", r"\1", text)
+
+
+def _symbolic(gold: Tree, answer: Tree, limits: Limits) -> Outcome | None:
+    """The verdict of sympy; None where the right answer has no value, such as an equation of lists."""
     payload = {"gold": gold, "answer": answer}
     result = shared().run("rorqual.verify.algebra:decide", payload, limits=limits)
     stages = [line for line in result.lines if line in ("gold", "answer")]
+    if "gold" not in stages and result.lines and result.status == "done":
+        return None
     if "gold" not in stages:
         return grader_failed(f"the right answer itself: {result.status} {' '.join(result.lines)[:200]}")
     end = json.loads(result.lines[-1]) if result.lines[-1].startswith("{") else {}
