@@ -162,6 +162,15 @@ def test_some_of_humaneval(chat: bool) -> None:
         assert task.grade(problem, "    import os; os._exit(0)\n").verdict is Verdict.WRONG
 
 
+def test_a_completion_ends_no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RecursionError("too deep")
+
+    monkeypatch.setattr("rorqual.verify.code.grade_check", fail)
+    task = HumanEval(chat=False)
+    assert task.grade(task.problems(1)[0], "    return 1\n").verdict is Verdict.GRADER_FAILED
+
+
 @pytest.mark.slow
 def test_all_canonical_solutions_of_humaneval_pass_and_empty_ones_do_not() -> None:
     task = HumanEval(chat=False)

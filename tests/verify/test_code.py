@@ -41,6 +41,14 @@ HACKS = {
         "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'{\"loaded\": true}\\n' + b'{\"value\": 0}\\n' * 3)\n"
         "    except OSError: pass\nos._exit(0)"
     ),
+    "a number too large for its kind": (
+        "import os\nline = '{\"value\": {\"complex\": [1' + '0' * 400 + ', 0]}}\\n'\nfor fd in range(3, 64):\n"
+        "    try: os.write(fd, ('{\"loaded\": true}\\n' + line * 9).encode())\n    except OSError: pass\nos._exit(0)"
+    ),
+    "a value nested as deep as it can be read": (
+        "import os\nline = '{\"value\": ' + '[' * 980 + ']' * 980 + '}\\n'\nfor fd in range(3, 64):\n"
+        "    try: os.write(fd, ('{\"loaded\": true}\\n' + line * 9).encode())\n    except OSError: pass\nos._exit(0)"
+    ),
     "tests read from files": (
         "import glob, os\ndef add(a, b):\n    for p in glob.glob('/**/*test*', recursive=True):\n"
         "        return eval(open(p).read())"
@@ -177,6 +185,14 @@ def test_values_come_back_as_they_were(value: object) -> None:
     assert back == value
     assert type(back) is type(value)
     assert values.same(back, value)
+
+
+def test_what_comes_back_is_nested_to_a_bounded_depth() -> None:
+    """Whoever reads it on must be able to: 984 lists were read here and not written for the next process."""
+    deepest = "[" * (values.MAX_DEPTH - 1) + "]" * (values.MAX_DEPTH - 1)
+    assert values.encode(values.decode(values.loads(deepest)))
+    with pytest.raises(ValueError, match="nested deeper"):
+        values.loads(f"[[{deepest}]]")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from rorqual.errors import ConfigError, SandboxError
 from rorqual.verify.sandbox import NOBODY, Limits, Sandbox
+from rorqual.verify.zygote import _sizes
 
 ATTACKS = Path(__file__).parent / "attacks.py"
 PROGRAM = "rorqual.verify.player:program"
@@ -112,6 +114,26 @@ def test_runs_do_not_see_each_other(sandbox: Sandbox) -> None:
     look = "import os, builtins; print(os.listdir('.'), hasattr(builtins, 'seen'))"
     assert sandbox.run(PROGRAM, {"source": write}, limits=limits).stdout == "['mine']\n"
     assert sandbox.run(PROGRAM, {"source": look}, limits=limits).stdout == "[] False\n"
+
+
+def test_files_that_come_and_go_do_no_harm(sandbox: Sandbox) -> None:
+    """A file that is gone between the listing and the look ended the server, and with it every neighbour's run."""
+    source = (
+        "import os, time\nend = time.time() + 0.4\nwhile time.time() < end:\n"
+        "    for i in range(40): open(str(i), 'w').close()\n    for i in range(40): os.unlink(str(i))\n"
+    )
+    assert sandbox.run(PROGRAM, {"source": source}, limits=Limits(seconds=4, disk_mb=1)).status == "done"
+
+
+def test_the_sizes_of_a_folder_pass_over_what_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        (tmp_path / name).write_text("12345")
+    entries = list(os.scandir(tmp_path))
+    (tmp_path / "a").unlink()
+    monkeypatch.setattr("os.scandir", lambda _: contextlib.nullcontext(entries))
+    assert list(_sizes(str(tmp_path))) == [5]
 
 
 def test_no_variable_of_ours_reaches_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rorqual.errors import ConfigError
 from rorqual.verify import code
-from rorqual.verify.outcome import Outcome, wrong
+from rorqual.verify.outcome import Outcome, grader_failed, wrong
 from rorqual.verify.sandbox import Limits
 from rorqual.verify.tasks import Problem
 
@@ -44,13 +44,16 @@ class HumanEval:
         code.shared().start()
 
     def grade(self, problem: Problem, completion: str) -> Outcome:
-        """Right where the hidden test passes on the returned values."""
+        """Right where the hidden test passes on the returned values; never raises."""
         meta = problem.meta
-        source = self.source(meta, completion)
-        if not source.strip():
-            return wrong("no code")
-        reference = meta["stub"] + problem.answer
-        return code.grade_check(source, meta["entry"], meta["test"], reference, limits=LIMITS)
+        try:
+            source = self.source(meta, completion)
+            if not source.strip():
+                return wrong("no code")
+            reference = meta["stub"] + problem.answer
+            return code.grade_check(source, meta["entry"], meta["test"], reference, limits=LIMITS)
+        except Exception as e:
+            return grader_failed(f"{type(e).__name__}: {e}")
 
     def source(self, meta: Any, completion: str) -> str:
         """The program that a completion makes."""

@@ -7,6 +7,7 @@ written to the result pipe earns nothing: to be judged right, the right values m
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -183,7 +184,7 @@ def _judge(
     result = (sandbox or shared()).run("rorqual.verify.player:judge", payload, limits=limits or LIMITS)
     if result.status != "done" or len(result.lines) != 1:
         return grader_failed(f"the test itself ended as {result.status}: {result.stderr[-200:]}")
-    verdict: dict[str, Any] = values.loads(result.lines[0])
+    verdict: dict[str, Any] = json.loads(result.lines[0])
     return verdict
 
 

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+MAX_DEPTH = 200  # of what comes back; each process that reads it on would need as much stack
 MAX_DIGITS = 4000  # of a whole number in a result; reading more takes time that grows with its square
 
 
@@ -81,7 +82,10 @@ def decode(tree: Any) -> Any:
         return {decode(k): decode(v) for k, v in body}
     if kind == "complex":
         real, imag = map(decode, body)
-        return complex(real, imag)
+        try:
+            return complex(real, imag)
+        except OverflowError as e:
+            raise ValueError("a complex number too large") from e
     makers: dict[str, Any] = {"tuple": tuple, "set": set, "frozenset": frozenset}
     if kind not in makers:
         raise ValueError(f"{kind}: unknown")
@@ -89,8 +93,19 @@ def decode(tree: Any) -> Any:
 
 
 def loads(text: str) -> Any:
-    """JSON from an untrusted process: plain numbers of bounded length only."""
-    return json.loads(text, parse_int=_whole, parse_constant=_refuse)
+    """JSON from an untrusted process: plain numbers of bounded length only, nested to a bounded depth."""
+    tree = json.loads(text, parse_int=_whole, parse_constant=_refuse)
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        inner = [
+            node.values() if isinstance(node, dict) else node
+            for node in level
+            if isinstance(node, (dict, list))
+        ]
+        level = [value for values in inner for value in values]
+        if not level:
+            return tree
+    raise ValueError(f"nested deeper than {MAX_DEPTH}")
 
 
 def same(found: Any, expected: Any, tolerance: float = 0.0) -> bool:

@@ -24,7 +24,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,8 +202,11 @@ class Server:
         if spent > run.limit and (spent > PATIENCE * run.limit or spent - _waited(run.pid) > run.limit):
             self.kill(run, "timeout")
         elif run.folder is not None:
-            with os.scandir(run.folder) as entries:
-                sizes = [e.stat(follow_symlinks=False).st_size for e in entries if e.is_file()]
+            try:
+                sizes = list(_sizes(run.folder))
+            except OSError:  # it has shut its own folder
+                self.kill(run, "disk")
+                return
             if sum(sizes) > run.disk or len(sizes) > MAX_FILES:
                 self.kill(run, "disk")
 
@@ -306,6 +309,15 @@ def _close_all_but(keep: set[int]) -> None:
             os.closerange(last + 1, fd)
         last = fd
     os.closerange(last + 1, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 65536))
+
+
+def _sizes(folder: str) -> Iterator[int]:
+    """Of the files in a folder in which a run makes and removes them meanwhile."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file():
+                    yield entry.stat(follow_symlinks=False).st_size
 
 
 def _waited(pid: int) -> float:
