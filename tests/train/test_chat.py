@@ -1,6 +1,7 @@
 """Conversations to tokens: the assistant's words, all of them and nothing else, cut where inference cuts."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,33 @@ def test_bad_lines_are_counted_and_shown_up_to_a_limit(tmp_path: Path) -> None:
         read_chats([write(tmp_path / "c.jsonl", "")])
     with pytest.raises(DataError, match=f"{tmp_path}/nope.jsonl: no such file"):
         read_chats([tmp_path / "nope.jsonl"])
+
+
+def test_parts_of_text_are_joined_and_what_is_no_text_is_left_out(tmp_path: Path) -> None:
+    """The content of OpenAI's API may be a list of parts; JSON may hold half of a surrogate pair."""
+    parts: list[Any] = [{"type": "text", "text": "de"}, {"type": "text", "text": "f"}]
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    lines = [[{"role": "user", "content": c}, CHAT[2]] for c in (parts, [*parts, image], 7, "\ud800")]
+    found = read_chats(
+        [write(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 30, *({"messages": m} for m in lines))]
+    )
+    assert found.conversations[30].messages == [CHAT[1], CHAT[2]]
+    assert found.summary() == (
+        "3 of 34 lines not used: content that is not text (2: a.jsonl:32, a.jsonl:33); "
+        "half of a surrogate pair, which is no text (1: a.jsonl:34)"
+    )
+
+
+def test_what_the_template_refuses_is_left_out_up_to_a_limit(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    form = "{% for m in messages %}{% if m.role == 'human' %}{{ raise_exception('who?') }}{% endif %}"
+    template = ChatTemplate(form + "{{ m.content }}{% endfor %}")
+    odd = {"messages": [{"role": "human", "content": "def"}, CHAT[2]]}
+    found = read_chats([write(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 10, odd)])
+    assert len(found.examples(tokenizer, template)) == len(found.conversations) == 10
+    assert re.search(r"1 of 11 lines not used: .*who\?.* \(1: a.jsonl:11\)", found.summary())
+    found = read_chats([write(tmp_path / "b.jsonl", *[{"messages": CHAT}] * 3, odd)])
+    with pytest.raises(DataError, match="1 of 4 lines not used"):
+        found.examples(tokenizer, template)
 
 
 def lengths(*sizes: int) -> list[Example]:

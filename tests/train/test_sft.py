@@ -11,7 +11,7 @@ import torch
 from rorqual.checkpoint import hf
 from rorqual.checkpoint.lora import Lora, LoraLinear, add_lora, load_adapter, merge_lora, save_adapter
 from rorqual.checkpoint.tensors import TensorFile
-from rorqual.errors import CheckpointError, ConfigError
+from rorqual.errors import CheckpointError, ConfigError, DataError, RunError
 from rorqual.model.attend import Causal
 from rorqual.model.transformer import Transformer
 from rorqual.train import checkpoint, folders
@@ -97,6 +97,39 @@ def test_a_resumed_run_equals_one_that_went_through(
     again = sft(config_of(base, chats, tmp_path, out=tmp_path / "b", **more), resume=True)
     for name in ("model.safetensors", checkpoint.TENSORS):
         assert (whole.folder / name).read_bytes() == (again.folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("lora", "named"),
+    [
+        (Lora(4, alpha=64.0), r"lora\.alpha=64\.0, but the run was started with 8\.0"),
+        (Lora(8, alpha=8.0), r"lora\.rank=8, but the run was started with 4"),
+        (None, "lora=None, but the run was started with"),
+    ],
+)
+def test_a_resume_keeps_its_adapters(
+    base: Path, chats: Path, tmp_path: Path, lora: Lora | None, named: str
+) -> None:
+    sft(config_of(base, chats, tmp_path, lora=Lora(4, alpha=8.0), epochs=1))
+    with pytest.raises(RunError, match=named):
+        sft(config_of(base, chats, tmp_path, lora=lora, epochs=1), resume=True)
+
+
+def test_a_resume_keeps_its_conversations(base: Path, chats: Path, tmp_path: Path) -> None:
+    """As many of them, but with other words."""
+    sft(config_of(base, chats, tmp_path, epochs=1))
+    chats.write_text(chats.read_text().replace("Box3", "Box4"))
+    with pytest.raises(DataError, match="not those of the saved position"):
+        sft(config_of(base, chats, tmp_path, epochs=1), resume=True)
+
+
+def test_figures_are_held_out_ones_or_none(base: Path, chats: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    sft(config_of(base, chats, tmp_path, epochs=1, heldout=0.04), say=said.append)
+    assert said == ["heldout=0.04 of 24 conversations is none of them: no held-out figures"]
+    assert not [x for x in read(tmp_path / "sft") if "heldout_bpb" in x]
+    sft(config_of(base, chats, tmp_path, epochs=1, heldout=0.05, out=tmp_path / "more"))
+    assert "heldout_bpb" in read(tmp_path / "more")[-1]
 
 
 def test_adapters_begin_as_nothing_and_merge_to_what_they_compute(base: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rorqual.errors import DataError, TokenizerError
 from rorqual.text.template import ChatTemplate
@@ -25,27 +25,59 @@ class Example:
     mask: list[bool]
 
 
+class Conversation(NamedTuple):
+    """A line of a file, and where it stands."""
+
+    messages: Messages
+    tools: Any
+    where: str
+
+
 @dataclass
 class Read:
     """Conversations of files, and what could not be used, by reason with the first places."""
 
-    conversations: list[tuple[Messages, Any]] = field(default_factory=list)  # with their tools
+    paths: Sequence[Path]
+    conversations: list[Conversation] = field(default_factory=list)
     lines: int = 0
     bad: dict[str, list[str]] = field(default_factory=dict)
 
     def refuse(self, reason: str, where: str) -> None:
         self.bad.setdefault(reason, []).append(where)
 
+    def check(self) -> None:
+        """Raises DataError where too many lines cannot be used, or none is left."""
+        bad = sum(map(len, self.bad.values()))
+        if bad > MAX_MALFORMED * self.lines or not self.conversations:
+            raise DataError(
+                f"{', '.join(map(str, self.paths))}: {self.summary() if bad else 'no conversation in it'}"
+            )
+
+    def examples(self, tokenizer: Tokenizer, template: ChatTemplate) -> list[list[Example]]:
+        """Those of each conversation. What the template refuses is left out; raises as `check` does."""
+        made, kept = [], []
+        for chat in self.conversations:
+            try:
+                made.append(list(examples(chat.messages, chat.tools, tokenizer, template)))
+                kept.append(chat)
+            except TokenizerError as e:
+                self.refuse(str(e), chat.where)
+        self.conversations = kept
+        self.check()
+        return made
+
     def summary(self) -> str:
-        """`3 lines not used: not JSON (a.jsonl:4), …`."""
-        shown = (f"{reason} ({len(places)}: {', '.join(places[:3])})" for reason, places in self.bad.items())
+        """`3 of 90 lines not used: not JSON (1: a.jsonl:4); …`."""
+        often = sorted(self.bad.items(), key=lambda item: -len(item[1]))[:5]
+        shown = [f"{reason} ({len(places)}: {', '.join(places[:3])})" for reason, places in often]
+        shown += ["…"] * (len(self.bad) > len(often))
         return f"{sum(map(len, self.bad.values()))} of {self.lines} lines not used: {'; '.join(shown)}"
 
 
 def read_chats(paths: Sequence[Path]) -> Read:
     """JSON lines of {"messages": [{"role", "content"}, …], "tools": …}. Raises DataError where a file is missing, too
     many lines cannot be used, or none is left."""
-    found = Read()
+    found = Read(paths)
     for path in paths:
         if not path.is_file():
             raise DataError(f"{path.resolve()}: no such file; give JSON lines of conversations")
@@ -54,26 +86,36 @@ def read_chats(paths: Sequence[Path]) -> Read:
                 if raw.strip():
                     found.lines += 1
                     _read_line(raw, f"{path.name}:{number}", found)
-    bad = sum(map(len, found.bad.values()))
-    if bad > MAX_MALFORMED * found.lines or not found.conversations:
-        raise DataError(
-            f"{', '.join(map(str, paths))}: {found.summary() if bad else 'no conversation in it'}"
-        )
+    found.check()
     return found
 
 
 def _read_line(raw: bytes, where: str, found: Read) -> None:
     try:
         tree = json.loads(raw)
-    except (UnicodeDecodeError, ValueError):
+        json.dumps(tree, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return found.refuse("half of a surrogate pair, which is no text", where)
+    except ValueError:
         return found.refuse("not JSON", where)
     messages = tree.get("messages") if isinstance(tree, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
         return found.refuse('no list "messages" of objects with a role', where)
     if not any(m["role"] == "assistant" for m in messages):
         return found.refuse("the assistant says nothing", where)
-    found.conversations.append((messages, tree.get("tools")))
+    messages = [m | {"content": _text(m.get("content"))} if "content" in m else m for m in messages]
+    if not all(isinstance(m.get("content"), str | None) for m in messages):
+        return found.refuse("content that is not text", where)
+    found.conversations.append(Conversation(messages, tree.get("tools"), where))
     return None
+
+
+def _text(content: Any) -> Any:
+    """The text of a list of parts, as OpenAI's API writes it; anything else as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
+    whole = parts and len(texts) == len(parts) and all(isinstance(t, str) for t in texts)
+    return "".join(texts) if whole else content
 
 
 def examples(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +41,10 @@ class Packs:
                 f"none of {len(found)} examples has an answer within seq_len={seq_len} tokens; raise it"
             )
         self.batch_size, self.seq_len, self.seed, self.pad = batch_size, seq_len, seed, pad
+        sha256 = hashlib.sha256()
+        for e in self.examples:
+            sha256.update(array("q", e.ids).tobytes() + bytes(e.mask))
+        self.digest = sha256.hexdigest()
         self.epoch = self.row = 0
         self._rows = self._lay_out()
 
@@ -87,7 +93,13 @@ class Packs:
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it depends on."""
         own = {"batch_size": self.batch_size, "seq_len": self.seq_len, "seed": self.seed}
-        return {"epoch": self.epoch, "row": self.row, "examples": len(self.examples), **own}
+        return {
+            "epoch": self.epoch,
+            "row": self.row,
+            "examples": len(self.examples),
+            "sha256": self.digest,
+            **own,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position; raises ConfigError where it belongs to other data or settings."""
@@ -97,6 +109,11 @@ class Packs:
                 raise ConfigError(
                     f"{key}={own[key]}: the saved position has {state[key]}; keep it, or start anew"
                 )
+        if state.get("sha256", self.digest) != self.digest:
+            raise DataError(
+                "the conversations are not those of the saved position: their files, the template or the tokenizer have "
+                "changed; bring them back, or start anew"
+            )
         self.epoch, self.row = int(state["epoch"]), int(state["row"])
         self._rows = self._lay_out()
 

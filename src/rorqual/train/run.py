@@ -88,12 +88,14 @@ def conduct(
     validation: Validate,
     resume: bool,
     show: View | None = None,
+    kept: Settled | None = None,
     adapt: Export = lambda model: model,
     export: Export = lambda model: model,
     mesh: Mesh | None = None,
 ) -> Result:
-    """Train in the run folder, with its lock, its checkpoints and its report. `adapt` makes what is trained of the
-    model that is begun with, `export` what is saved of what is trained; `mesh` are the processes that share the run."""
+    """Train in the run folder, with its lock, its checkpoints and its report. `kept` are the caller's own settings, which
+    a resumed run compares as well; `adapt` makes what is trained of the model that is begun with, `export` what is saved
+    of what is trained; `mesh` are the processes that share the run."""
     mesh = mesh or Mesh()
     check_sampling(config, shape, mesh)
     check_memory(config, shape, mesh)
@@ -102,7 +104,7 @@ def conduct(
     try:
         show = _view(config, show) if mesh.first else NoView()
         try:
-            found = mesh.together(lambda: _begin(config, resume, show), alone=True)
+            found = mesh.together(lambda: _begin(config, resume, show, kept), alone=True)
             step = mesh.told(-1 if found is None else folders.step_of(found))
             device = resolve_device(config.device)
             model = adapt(begin_model(config, shape)).to(device)
@@ -136,7 +138,7 @@ def _view(config: TrainConfig, show: View | None) -> View:
     return TensorBoard(config.out, show) if config.tensorboard else show
 
 
-def _begin(config: TrainConfig, resume: bool, show: View) -> Path | None:
+def _begin(config: TrainConfig, resume: bool, show: View, kept: Settled | None) -> Path | None:
     """The checkpoint to go on from, if there is to be one; the run's config is in its folder from here on."""
     there = folders.steps(config.out)
     if there and not resume:
@@ -146,6 +148,8 @@ def _begin(config: TrainConfig, resume: bool, show: View) -> Path | None:
     found = checkpoint.latest(config.out, show.say)
     if resume and found is None:
         raise RunError(f"{config.out.resolve()}: nothing to resume; it has no whole checkpoint")
+    if kept is not None:
+        settle(kept, resume, name="settings.json")
     settle(config, resume)
     return found
 
@@ -204,15 +208,17 @@ def begin_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 HEAD_SCALE = 0.1  # a head that starts near nothing predicts evenly, and its first steps do not undo noise
 
 
-def settle(config: Settled, resume: bool, free: frozenset[str] = FREE) -> None:
+def settle(config: Settled, resume: bool, free: frozenset[str] = FREE, name: str = "run.json") -> None:
     """Write run.json, or compare it: a resumed run keeps what its curve depends on. Raises RunError naming the key."""
-    path = config.out / "run.json"
+    path = config.out / name
     tree = json.loads(json.dumps(to_dict(config)))
     if resume and path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         for key, old, new in _differences(before, tree):
             if key.partition(".")[0] not in free:
                 raise RunError(f"--resume: {key}={new!r}, but the run was started with {old!r}; keep it")
+    elif resume:
+        return  # begun by a version that did not keep it
     write_whole(path, json.dumps(tree, indent=1) + "\n")
 
 

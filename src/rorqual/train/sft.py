@@ -15,7 +15,7 @@ from rorqual.errors import ConfigError
 from rorqual.model.transformer import Transformer
 from rorqual.text.template import ChatTemplate
 from rorqual.text.tokenizer import Tokenizer
-from rorqual.train.chat import Example, examples, read_chats
+from rorqual.train.chat import Example, read_chats
 from rorqual.train.config import Optim, Schedule, TrainConfig, due
 from rorqual.train.evaluate import byte_lengths, heldout
 from rorqual.train.packs import Packs
@@ -51,8 +51,10 @@ class SftConfig:
                 raise ConfigError(f"{name}={getattr(self, name)}: must be 1 or more")
         if not 0 <= self.heldout < 1:
             raise ConfigError(f"heldout={self.heldout}: must be 0 to below 1")
-        if self.lr is not None and self.lr <= 0:
+        if self.lr is not None and not 0 < self.lr < math.inf:
             raise ConfigError(f"lr={self.lr}: must be above 0")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must be 0 or more")
         if not self.data:
             raise ConfigError("data: name at least one file of JSON lines")
 
@@ -91,18 +93,20 @@ def sft(config: SftConfig, resume: bool = False, say: Any = print) -> Result:
             f"seq_len={config.seq_len}: {config.model} has {shape.max_position_embeddings} positions"
         )
     chats = read_chats(config.data)
+    random.Random(config.seed).shuffle(chats.conversations)
+    made = chats.examples(tokenizer, template)
     if chats.bad:
         say(chats.summary())
-    random.Random(config.seed).shuffle(chats.conversations)
-    made = [list(examples(m, tools, tokenizer, template)) for m, tools in chats.conversations]
     held = math.floor(len(made) * config.heldout)
     source = _packs(config, made[held:])
     if source.shortened:
         say(f"{source.shortened} conversations are longer than seq_len={config.seq_len} tokens and were cut")
     rows = config.batch_size * config.accumulate
     training = config.training(max(1, round(config.epochs * source.rows_per_epoch / rows)))
-    judged = _packs(config, made[:held]) if held else source
-    prompt = _first_question(chats.conversations[0][0], template)
+    if not held:
+        say(f"heldout={config.heldout} of {len(made)} conversations is none of them: no held-out figures")
+    judged = _packs(config, made[:held]) if held else None
+    prompt = _first_question(chats.conversations[0].messages, template)
     validation = SftValidation(training, tokenizer, judged, prompt, shape.vocab_size)
     return conduct(
         training,
@@ -111,27 +115,30 @@ def sft(config: SftConfig, resume: bool = False, say: Any = print) -> Result:
         config.model,
         validation,
         resume,
+        kept=config,
         adapt=lambda model: _adapted(model, config),
         export=lambda model: _exported(model, config),
     )
 
 
 class SftValidation:
-    """Loss and bits per byte of held-out answers, and the answer to one held-out question."""
+    """Loss and bits per byte of held-out answers, where there are some, and the answer to one question."""
 
     def __init__(
-        self, config: TrainConfig, tokenizer: Tokenizer, judged: Packs, prompt: str, vocab_size: int
+        self, config: TrainConfig, tokenizer: Tokenizer, judged: Packs | None, prompt: str, vocab_size: int
     ) -> None:
         self.config, self.tokenizer, self.prompt = config, tokenizer, prompt
-        self.batches = judged.in_order()[:32]
+        self.batches = judged.in_order()[:32] if judged is not None else []
         self.byte_lengths = byte_lengths(tokenizer, vocab_size)
 
     def __call__(self, model: Transformer, step: int) -> dict[str, Any]:
         c = self.config
         if not due(c.eval_every, step) and step != c.steps:
             return {}
-        found = heldout(model, self.batches, self.byte_lengths)
         answer = sample(merge_lora(model), self.tokenizer, [self.prompt], 100, seed=step, temperature=0.7)[0]
+        if not self.batches:
+            return {"sample": answer}
+        found = heldout(model, self.batches, self.byte_lengths)
         return {"heldout_loss": found.loss, "heldout_bpb": found.bits_per_byte, "sample": answer}
 
 
