@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -157,7 +158,9 @@ def _coerce(hint: Any, value: Any, dotted: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{dotted}={value!r}: must be a table")
         return {k: _coerce(args[1], v, f"{dotted}.{k}") if args else v for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{dotted}={value!r}: must be a finite number")
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)

@@ -1,5 +1,6 @@
 """Configs: one dial, files and overrides; unknown, wrong and contradictory keys are refused before anything runs."""
 
+import json
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rorqual.config import from_dict, load_config, to_dict
 from rorqual.errors import ConfigError
 from rorqual.model.config import ModelConfig
 from rorqual.model.cost import cost
-from rorqual.train.command import parse_train, train_config
+from rorqual.train.command import TrainOptions, parse_train, train_config
 from rorqual.train.config import TrainConfig, due
 from rorqual.train.shape import Shape
 
@@ -63,6 +64,10 @@ def test_the_vocabulary_is_padded_and_never_cut() -> None:
         (["init_from=m", "shape.depth=2"], "shape.depth=2: init_from=m brings its own shape"),
         (["init_from=m", "extend_context=128"], "extend_context=128: must be at least seq_len=256"),
         (["mtp_weight=0.1"], "mtp_weight=0.1: needs MTP modules"),
+        (["seed=-1"], "seed=-1: must be 0 or more"),
+        (["shape.initializer_range=-1"], "shape.initializer_range=-1.0: must be above 0"),
+        (["optim.lr=NaN"], "optim.lr=nan: must be a finite number"),
+        (["schedule.floor=-Infinity"], "schedule.floor=-inf: must be a finite number"),
         (["stop_at=2000"], "stop_at=2000: must be at most steps=1000"),
     ],
 )
@@ -95,6 +100,13 @@ def test_flags_and_overrides_do_not_swallow_each_other() -> None:
     config = train_config(parse_train(line))
     assert config.data == (Path("a"), Path("b"))
     assert (config.shape.depth, config.shape.family, config.steps, config.out) == (3, "llama", 5, Path("r"))
+
+
+def test_a_resumed_run_goes_on_past_where_it_was_to_stop(tmp_path: Path) -> None:
+    config = TrainConfig(out=tmp_path, stop_at=3)
+    (tmp_path / "run.json").write_text(json.dumps(to_dict(config)), encoding="utf-8")
+    assert train_config(TrainOptions(out=tmp_path, resume=True)) == TrainConfig(out=tmp_path)
+    assert train_config(TrainOptions(("stop_at=6",), out=tmp_path, resume=True)).stop_at == 6
 
 
 def test_off_means_off() -> None:

@@ -15,6 +15,7 @@ import torch
 from rorqual.checkpoint import fp8, hf
 from rorqual.checkpoint.tensors import TensorFile, write_tensors
 from rorqual.errors import CheckpointError, ConfigError, DataError, NumericsError, RunError
+from rorqual.parallel.config import Parallel
 from rorqual.train import checkpoint, folders
 from rorqual.train.config import Optim, TrainConfig
 from rorqual.train.lock import Lock
@@ -443,6 +444,22 @@ def test_the_report_stands_alone(make_config: Make, silent: Any) -> None:
         "moe_intermediate_size",
     ):
         assert words in page, words
+
+
+def test_samples_are_kept_whatever_is_logged(make_config: Make, silent: Any) -> None:
+    train(make_config(steps=7, sample_every=3, log_every=4), show=silent)
+    assert [x["step"] for x in read(make_config().out)] == [3, 4, 6, 7]
+    assert [x["step"] for x in silent.lines if "sample" in x] == [3, 6, 7]
+
+
+def test_what_would_do_nothing_is_said(make_config: Make, tmp_path: Path, silent: Any) -> None:
+    base = train(make_config(shape=SMALL, steps=1, parallel=Parallel(shard=True)), show=silent).folder
+    assert any("parallel.shard=true: one process has nothing to divide" in said for said in silent.said)
+    with pytest.raises(ConfigError, match=r"mtp_weight=0\.2: .* has no MTP modules"):
+        train(make_config(out=tmp_path / "on", init_from=base, shape={}, mtp_weight=0.2), show=silent)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"out=.*/file: no folder to write a run to"):
+        train(make_config(out=tmp_path / "file"), show=silent)
 
 
 def test_evaluation_off_still_ends_with_final_figures(make_config: Make, silent: Any) -> None:

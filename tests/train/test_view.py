@@ -1,6 +1,7 @@
 """What a person reads: plain lines, the live panel, curves."""
 
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ def test_lines_are_printed_where_there_is_no_terminal(capsys: pytest.CaptureFixt
     shown.update({**LINE, "step": 3})  # an evaluation is always shown
     shown.close()
     assert [text.split(",")[0] for text in capsys.readouterr().out.splitlines()] == ["step 1", "step 3"]
+
+
+def test_a_reader_who_leaves_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rorqual train | head -3`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as unread:
+        monkeypatch.setattr("sys.stdout", unread)
+        shown = Lines()
+        shown.say("nobody reads this")
+        shown.update(LINE)
 
 
 def test_the_live_panel_shows_figures_and_a_sample_as_it_is() -> None:

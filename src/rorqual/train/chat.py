@@ -113,7 +113,7 @@ def _read_line(raw: bytes, where: str, found: Read) -> None:
 def _text(content: Any) -> Any:
     """The text of a list of parts, as OpenAI's API writes it; anything else as it is."""
     parts = content if isinstance(content, list) else []
-    texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
+    texts = [p["text"] for p in parts if isinstance(p, dict) and p.get("type") == "text" and "text" in p]
     whole = parts and len(texts) == len(parts) and all(isinstance(t, str) for t in texts)
     return "".join(texts) if whole else content
 

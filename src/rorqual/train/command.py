@@ -101,11 +101,12 @@ def sft(argv: Sequence[str]) -> int:
     config = options.config()
     from rorqual.train.sft import sft as run
     from rorqual.train.stop import exit_code
+    from rorqual.train.view import echo
 
     result = run(config, options.resume)
-    print(f"report: {config.out / 'report.html'}\ntalk with it: rorqual chat {result.folder}")
+    echo(f"report: {config.out / 'report.html'}\ntalk with it: rorqual chat {result.folder}")
     if config.lora is not None:
-        print(f"the adapter alone: {config.out / 'adapter'}")
+        echo(f"the adapter alone: {config.out / 'adapter'}")
     return exit_code(result.stopped)
 
 
@@ -132,6 +133,7 @@ def train(argv: Sequence[str]) -> int:
     from rorqual.parallel.mesh import leave, lost_the_others
     from rorqual.train.run import train as run
     from rorqual.train.stop import exit_code
+    from rorqual.train.view import echo
 
     resume = options.resume or (restarted() and bool(folders.steps(config.out)))
     try:
@@ -143,7 +145,7 @@ def train(argv: Sequence[str]) -> int:
         return 1  # the launcher knows which one died, and starts all again
     leave()
     if rank == 0:
-        print(ending(config.out, result.folder, result.step, config.steps))
+        echo(ending(config.out, result.folder, result.step, config.steps))
     return exit_code(result.stopped)
 
 
@@ -163,6 +165,8 @@ def train_config(options: TrainOptions) -> TrainConfig:
         return load_config(TrainConfig, options.config, overrides)
     out = load_config(TrainConfig, options.config, [o for o in overrides if o.startswith("out=")]).out
     own = out / "run.json"
+    if options.config is None:
+        overrides = ["stop_at=null", *overrides]  # there it has stopped: the run's own is over
     if not own.is_file():
         raise RunError(
             f"--resume: nothing to resume in {out.resolve()} (no run.json); name the run's folder with --out"

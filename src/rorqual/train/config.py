@@ -131,6 +131,8 @@ class TrainConfig:
                 raise ConfigError(f"{name}={value}: must be 1 or more")
         if self.stop_at is not None and self.stop_at > self.steps:
             raise ConfigError(f"stop_at={self.stop_at}: must be at most steps={self.steps}")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must be 0 or more")
         if self.mtp_weight < 0:
             raise ConfigError(f"mtp_weight={self.mtp_weight}: must be 0 or more")
         if not 0 < self.softmax_share <= 1:

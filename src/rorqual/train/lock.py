@@ -14,9 +14,14 @@ class Lock:
     """Held while a run is trained; the system drops it when the process ends, however it ends."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "lock"
-        self._file = self.path.open("a+")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+")
+        except OSError as e:
+            raise RunError(
+                f"out={folder.resolve()}: no folder to write a run to ({e.strerror}); choose another"
+            ) from e
 
     def __enter__(self) -> Lock:
         try:

@@ -43,6 +43,7 @@ FREE = frozenset({
     "out", "device", "stop_at", "save_every", "keep", "log_every", "tensorboard", "eval_every", "eval_rows",
     "sample_every", "compile", "parallel",
 })  # fmt: skip
+RUN = "run.json"  # a run's config, in its folder
 
 
 class Settled(Protocol):
@@ -62,6 +63,13 @@ def train(config: TrainConfig, resume: bool = False, show: View | None = None) -
     tokenizer = Tokenizer.load(config.data[0])
     shape = model_config(config, tokenizer)
     check_tokenizers(config, tokenizer)
+    if not (resume or shape.num_nextn_predict_layers) and config.mtp_weight not in (
+        0,
+        TrainConfig.mtp_weight,
+    ):
+        raise ConfigError(
+            f"mtp_weight={config.mtp_weight}: {config.init_from} has no MTP modules; leave it out"
+        )
     _, world = world_of()
     config.parallel.check(world, config.batch_size, shape)
     if config.compile and world > 1:
@@ -119,6 +127,8 @@ def conduct(
             if step >= 0:
                 trainer.resume(folders.folder_of(config.out, step))
                 show.say(f"going on from step {trainer.step}")
+            if config.parallel.shard and mesh.world == 1:
+                show.say("parallel.shard=true: one process has nothing to divide; --nproc starts more")
             for line in bill_lines(config, bill):
                 show.say(line)
             with Stop() as stop:  # until the report is written: a signal that comes late costs neither
@@ -208,7 +218,7 @@ def begin_model(config: TrainConfig, shape: ModelConfig) -> Transformer:
 HEAD_SCALE = 0.1  # a head that starts near nothing predicts evenly, and its first steps do not undo noise
 
 
-def settle(config: Settled, resume: bool, free: frozenset[str] = FREE, name: str = "run.json") -> None:
+def settle(config: Settled, resume: bool, free: frozenset[str] = FREE, name: str = RUN) -> None:
     """Write run.json, or compare it: a resumed run keeps what its curve depends on. Raises RunError naming the key."""
     path = config.out / name
     tree = json.loads(json.dumps(to_dict(config)))

@@ -22,6 +22,7 @@ from rorqual.train.packs import Packs
 from rorqual.train.run import conduct
 from rorqual.train.sample import sample
 from rorqual.train.trainer import Result
+from rorqual.train.view import echo
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class SftConfig:
         )
 
 
-def sft(config: SftConfig, resume: bool = False, say: Any = print) -> Result:
+def sft(config: SftConfig, resume: bool = False, say: Any = echo) -> Result:
     """Fine-tune. Every checkpoint is a whole model, adapters merged; `out`/adapter has the adapters alone."""
     shape = hf.load_config(config.model)
     tokenizer = Tokenizer.load(config.model)

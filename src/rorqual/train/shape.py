@@ -65,6 +65,8 @@ class Shape:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"shape.{name}={value}: must be 0 (off) or more")
+        if self.initializer_range is not None and self.initializer_range <= 0:
+            raise ConfigError(f"shape.initializer_range={self.initializer_range}: must be above 0")
         if self.family == "llama":
             names = ("experts", "experts_per_token", "balance", "balance_alpha", "kv_lora_rank", "attention")
             self._refuse("family='llama'", *names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,14 @@ def view(title: str, steps: int) -> View:
     return Live(title, steps) if sys.stdout.isatty() else Lines()
 
 
+def echo(text: str) -> None:
+    """Print a line. Once nobody reads any more (`| head`) all goes nowhere: a run does not end for that."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Lines:
     """A line every few seconds and at every evaluation."""
 
@@ -29,10 +38,10 @@ class Lines:
     def update(self, line: Mapping[str, Any]) -> None:
         if time.monotonic() >= self._next or "heldout_bpb" in line:
             self._next = time.monotonic() + self.every
-            print(summary(line), flush=True)
+            echo(summary(line))
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        echo(text)
 
     def close(self) -> None:
         pass
