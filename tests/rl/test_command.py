@@ -1,10 +1,12 @@
 """`rorqual rl`: recipes, files, overrides."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from rorqual.cli import main
+from rorqual.config import to_dict
 from rorqual.errors import ConfigError, RunError
 from rorqual.rl.command import RECIPES, RLOptions, rl_config
 from rorqual.rl.problems import Mix
@@ -40,6 +42,17 @@ def test_faults_name_the_cure(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         rl_config(RLOptions(out=tmp_path, resume=True))
     assert main(["rl", "steps=3"]) == 2
     assert "cold_start" in capsys.readouterr().err
+
+
+def test_a_resumed_run_goes_on_past_where_it_was_to_stop(tmp_path: Path) -> None:
+    """Whatever letters its folder's name has."""
+    out = tmp_path / "läuf"
+    out.mkdir()
+    config = rl_config(RLOptions(("stop_at=4",), recipe="sums", out=out))
+    (out / "run.json").write_text(json.dumps(to_dict(config)), encoding="utf-8")
+    again = rl_config(RLOptions(out=out, resume=True))
+    assert (again.out, again.stop_at, again.steps) == (out, None, config.steps)
+    assert rl_config(RLOptions(("stop_at=6",), out=out, resume=True)).stop_at == 6
 
 
 def test_show_prints_the_config(capsys: pytest.CaptureFixture[str]) -> None:

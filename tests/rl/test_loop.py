@@ -1,5 +1,7 @@
 """Whole runs: they resume to the bit, stop within a step, and come back from a collapse."""
 
+import itertools
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -11,11 +13,13 @@ import torch
 
 from rorqual.checkpoint.tensors import TensorFile
 from rorqual.errors import ConfigError, NumericsError, RorqualError, RunError
-from rorqual.rl.config import Guard, RLConfig, Sampling, TaskMix
+from rorqual.rl.config import ColdStart, Guard, RLConfig, Sampling, TaskMix
+from rorqual.rl.losses import LossConfig
 from rorqual.rl.problems import Mix
 from rorqual.rl.run import reinforce
 from rorqual.train import checkpoint
 from rorqual.train.metrics import read
+from rorqual.train.optim import clip_
 from rorqual.train.shape import Shape
 from rorqual.train.trainer import Result
 from rorqual.verify.outcome import RIGHT, Outcome, grader_failed, wrong
@@ -98,7 +102,16 @@ def test_a_run_shows_what_matters_and_never_its_loss(make_config: Make, silent: 
     config = make_config()
     reinforce(config, show=silent)
     line = next(x for x in silent.lines if x["phase"] == "reinforcement")
-    for key in ("reward", "live", "length", "entropy", "mismatch", "truncated", "grader_failed"):
+    for key in (
+        "reward",
+        "live",
+        "length",
+        "entropy",
+        "mismatch",
+        "truncated",
+        "grader_failed",
+        "load_spread",
+    ):
         assert key in line
     assert not [k for k in line if "loss" in k]
     assert line["rollout_samples"][0]["verdict"] in ("right", "wrong")
@@ -108,6 +121,53 @@ def test_a_run_shows_what_matters_and_never_its_loss(make_config: Make, silent: 
     page = (config.out / "report.html").read_text(encoding="utf-8")
     assert "held-out accuracy" in page
     assert "loss of" not in page.lower()
+
+
+@pytest.mark.parametrize("part", ["rorqual.rl.worked.clip_", "rorqual.rl.update.clip_"])
+def test_updates_that_are_not_finite_are_skipped_counted_and_bounded(
+    make_config: Make, silent: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    verdicts = itertools.cycle((RIGHT, wrong("odd")))
+    monkeypatch.setattr(Sums, "judge", lambda *_: next(verdicts))
+    cold, calls = ColdStart(steps=3, batch=8, eval_every=100, warmup=2), [0]
+
+    def broken(params: Any, *rest: Any) -> float:
+        calls[0] += 1
+        if calls[0] > bad:
+            return clip_(params, *rest)
+        params[0].grad.fill_(float("nan"))
+        return float("nan")
+
+    monkeypatch.setattr(part, broken)
+    bad = 1
+    result = reinforce(make_config(steps=2, cold_start=cold), show=silent)
+    lines = [x for x in silent.lines if "skipped" in x]
+    assert lines[-1]["skipped"] == 1
+    assert all(t.isfinite().all() for t in tensors(result.folder).values())
+    if "update" in part:
+        assert any(math.isnan(x.get("grad_norm", 0)) for x in lines)
+    calls[0], bad = 0, 3
+    with pytest.raises(NumericsError, match=r"not finite in 3 updates in a row; lower the rate"):
+        reinforce(make_config(out=tmp_path / "again", steps=4, cold_start=cold), show=silent)
+
+
+@pytest.mark.usefixtures("generous")
+def test_what_a_run_without_a_checkpoint_left_is_no_reference(make_config: Make, silent: Any) -> None:
+    config = make_config(steps=1, loss=LossConfig(beta=0.1))
+    for folder in ("reference", "best"):
+        (config.out / folder).mkdir(parents=True)
+        (config.out / folder / "old").touch()
+    (config.out / "run.json").write_text("{}", encoding="utf-8")
+    (config.out / "metrics.jsonl").write_text('{"step": 0, "of": "another"}\n', encoding="utf-8")
+    reinforce(config, show=silent)
+    assert "of" not in read(config.out)[0]
+    assert not list(config.out.glob("*/old"))
+    assert (config.out / "reference" / "config.json").is_file()
+
+
+def test_a_prompt_longer_than_asked_for_is_refused(make_config: Make, silent: Any) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.max_prompt=4: a problem of 'sums' has [5-9] tokens"):
+        reinforce(make_config(sampling=Sampling(prompts=4, group=4, max_tokens=6, max_prompt=4)), show=silent)
 
 
 def test_groups_of_equals_are_drawn_again_and_not_learnt_from(make_config: Make, silent: Any) -> None:

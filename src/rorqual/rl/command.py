@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from rorqual.config import load_config, read_tree
+from rorqual.config import load_config, read_tree, scalar
 from rorqual.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
@@ -54,13 +54,14 @@ def rl(argv: Sequence[str]) -> int:
         return 0
     from rorqual.rl.run import reinforce
     from rorqual.train.stop import exit_code
+    from rorqual.train.view import echo
 
     result = reinforce(config, options.resume)
-    print(f"report: {config.out / 'report.html'}")
+    echo(f"report: {config.out / 'report.html'}")
     if result.stopped is not None:
-        print(f"stopped at step {result.step:,}; go on with rorqual rl --resume --out {config.out}")
+        echo(f"stopped at step {result.step:,}; go on with rorqual rl --resume --out {config.out}")
     else:
-        print(f"the model: {result.folder}")
+        echo(f"the model: {result.folder}")
     return exit_code(result.stopped)
 
 
@@ -84,6 +85,8 @@ def rl_config(options: RLOptions) -> RLConfig:
         raise RunError(
             f"--resume: nothing to resume in {own.parent.resolve()} (no run.json); name the run's folder with --out"
         )
+    if file is None:
+        overrides = ["stop_at=null", *overrides]  # there it has stopped: the run's own is over
     return load_config(RLConfig, file or own, overrides)
 
 
@@ -92,5 +95,5 @@ def _out(file: Path | None, overrides: Sequence[str]) -> Path:
     from rorqual.rl.config import RLConfig
 
     tree = read_tree(file) if file is not None else {}
-    named = [o.removeprefix("out=").strip('"') for o in overrides if o.startswith("out=")]
+    named = [scalar(o.removeprefix("out=")) for o in overrides if o.startswith("out=")]
     return Path(named[-1] if named else tree.get("out", RLConfig.__dataclass_fields__["out"].default))

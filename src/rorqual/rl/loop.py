@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rorqual.checkpoint import hf
-from rorqual.errors import NumericsError
+from rorqual.errors import ConfigError, NumericsError
 from rorqual.model.transformer import Transformer
 from rorqual.rl import judge
 from rorqual.rl.config import RLConfig
@@ -31,7 +31,7 @@ from rorqual.train.objective import autocast
 from rorqual.train.optim import Optimizer
 from rorqual.train.schedule import rate
 from rorqual.train.stop import Stop
-from rorqual.train.trainer import Result
+from rorqual.train.trainer import MAX_BAD_STEPS, Result, spread
 from rorqual.verify.tasks import grade_all
 
 BEST = "best"  # a folder beside the checkpoints: where a collapsed run goes back to
@@ -78,6 +78,7 @@ class Loop:
         )  # supervised steps, once they are over
         self.place = self.rollouts = 0
         self.seconds = 0.0
+        self.skipped = self.bad = 0  # updates that were not finite: in all, in a row
         self.optimizer = optimizer(model, config.cold_start) if self.taught is None else self._optimizer()
         self.updater: Updater | None = None
 
@@ -134,9 +135,11 @@ class Loop:
     def _teach(self) -> dict[str, Any]:
         """A supervised step; where the base is good enough, the last one."""
         cold = self.config.cold_start
-        loss = self.teacher.step(self.model, self.optimizer, self.step, self.autocast)
+        loss, skipped = self.teacher.step(self.model, self.optimizer, self.step, self.autocast)
+        self._count(skipped)
         self.step += 1
         line: dict[str, Any] = {"step": self.step, "phase": "cold start", "next_token_loss": loss}
+        line["skipped"] = self.skipped
         over = self.step >= cold.steps
         if due(cold.eval_every, self.step) or over:
             line |= self._judged(False)
@@ -239,8 +242,21 @@ class Loop:
             part = order[i : i + size]
             rollouts = [r for j in part for r in drawn.live[j].rollouts]
             values = [a for j in part for a in advantage[j]]
-            total.add(self.updater.step(rollouts, values, share, first=i == 0))
+            figures = self.updater.step(rollouts, values, share, first=i == 0)
+            if figures.tokens:  # else there was nothing to learn
+                self._count(figures.skipped)
+            total.add(figures)
         return total
+
+    def _count(self, skipped: bool) -> None:
+        """Of an update. Raises NumericsError where some in a row were skipped: the weights would stay as they are."""
+        self.skipped += skipped
+        self.bad = self.bad + 1 if skipped else 0
+        if self.bad == MAX_BAD_STEPS:
+            raise NumericsError(
+                f"step {self.step + 1}: loss or gradient was not finite in {self.bad} updates in a row; lower "
+                "the rate (lr, cold_start.lr), or set dtype=float32"
+            )
 
     def _reference(self) -> Transformer | None:
         """The weights before reinforcement, kept beside the run where the loss looks at them."""
@@ -280,10 +296,20 @@ class Loop:
             "divergence": figures.divergence / tokens,
             "dropped": figures.dropped / tokens,
             "grad_norm": figures.norm,
+            "skipped": self.skipped,
             "rate": self.config.lr * self.watch.share * rate(self.config.schedule, number, self.config.steps),
             "rollouts": self.rollouts,
             "rollout_samples": [_shown(g) for g in groups[:4]],
-        }
+        } | self._balance(rollouts)
+
+    def _balance(self, rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """load_spread: how much busier the busiest expert of a layer is than the mean, of those that sampling chose."""
+        chosen = [r.experts for r in rollouts if r.experts is not None]
+        if not chosen:
+            return {}
+        count = self.model.config.n_routed_experts or 0
+        loads = (x.flatten().long().bincount(minlength=count) for x in torch.cat(chosen).unbind(1))
+        return {"load_spread": max(map(spread, loads))}
 
     def _judged(self, pass_k: bool) -> dict[str, Any]:
         """Held-out accuracy as it is now."""
@@ -327,6 +353,7 @@ class Loop:
             "rollouts": self.rollouts,
             "watch": self.watch.state_dict(),
             "seconds": self.seconds,
+            "skipped": self.skipped,
         }
         saved = checkpoint.Saved(self.step, self.optimizer.state_dict(), state)
         return checkpoint.save(
@@ -341,6 +368,7 @@ class Loop:
         self.step, self.taught = saved.step, state["taught"]
         self.teacher.place, self.place = int(state["taught_place"]), int(state["place"])
         self.rollouts, self.seconds = int(state["rollouts"]), float(state["seconds"])
+        self.skipped = int(state.get("skipped", 0))
         self.watch.load_state_dict(state["watch"])
         if self.taught is not None:
             self.optimizer = self._optimizer()
@@ -362,8 +390,13 @@ class Encoder:
         text = self.config.sampling.prefix + posed.problem.prompt
         if self.template is not None:
             text = self.template.render([{"role": "user", "content": text}], add_generation_prompt=True)
-            return self.tokenizer.encode(text)
-        return self.tokenizer.encode(text, special=False)
+        ids = self.tokenizer.encode(text, special=self.template is not None)
+        most = self.config.sampling.max_prompt
+        if len(ids) > most:
+            raise ConfigError(
+                f"sampling.max_prompt={most}: a problem of {posed.label!r} has {len(ids)} tokens; raise it"
+            )
+        return ids
 
 
 def _shown(group: Group) -> dict[str, Any]:

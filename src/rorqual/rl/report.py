@@ -96,6 +96,7 @@ def _charts(lines: Lines) -> list[str]:
         chart("Sampler against trainer: divergence (k3)", [Curve("mismatch", of("mismatch"))]),
         chart("Share of tokens that the clip holds", [Curve("clipped", of("clipped"))]),
         chart("Gradient norm before clipping", [Curve("norm", of("grad_norm"))]),
+        chart("Busiest expert over the mean, minus 1", [Curve("spread", of("load_spread"))]),
         chart("Rollouts a second", [Curve("rollouts", of("rollouts_per_second"))]),
     ]
 

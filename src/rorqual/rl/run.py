@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -13,17 +14,17 @@ from rorqual.errors import ConfigError, RunError
 from rorqual.model.cost import cost
 from rorqual.model.transformer import Transformer
 from rorqual.rl.config import RLConfig
-from rorqual.rl.loop import Loop
+from rorqual.rl.loop import BEST, REFERENCE, Loop
 from rorqual.rl.problems import Mix, family
 from rorqual.rl.report import write_report
 from rorqual.rl.tokens import write_characters
 from rorqual.rl.view import view
 from rorqual.text.tokenizer import Tokenizer
-from rorqual.train import checkpoint, folders
+from rorqual.train import checkpoint, folders, metrics
 from rorqual.train.allocator import keep_freed_memory
 from rorqual.train.lock import Lock
 from rorqual.train.metrics import View
-from rorqual.train.run import HEAD_SCALE, settle
+from rorqual.train.run import HEAD_SCALE, RUN, settle
 from rorqual.train.stop import Stop
 from rorqual.train.trainer import Result
 from rorqual.verify.interval import wilson
@@ -53,6 +54,8 @@ def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) 
             found = checkpoint.latest(config.out, show.say)
             if resume and found is None:
                 raise RunError(f"{config.out.resolve()}: nothing to resume; it has no whole checkpoint")
+            if found is None and (config.out / RUN).is_file():
+                _forget(config.out)
             settle(config, resume, FREE)
             folder = _tokenizer_folder(config)
             tokenizer = Tokenizer.load(folder)
@@ -68,6 +71,13 @@ def reinforce(config: RLConfig, resume: bool = False, show: View | None = None) 
         finally:
             show.close()
     return result
+
+
+def _forget(out: Path) -> None:
+    """What a run that ended before its first checkpoint left: another one must not measure its divergence from there."""
+    for name in (REFERENCE, BEST):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / metrics.FILE).unlink(missing_ok=True)
 
 
 def check_goal(config: RLConfig, mix: Mix) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -43,13 +44,14 @@ class Figures:
     mismatch_most: float = 0.0  # largest difference of a log-probability
     compared: float = 0.0  # tokens over which the mismatch was taken
     norm: float = 0.0  # the largest, of several updates
+    skipped: bool = False  # for a gradient that is not finite
 
     def add(self, other: Figures) -> None:
         """Take the sums of a further update."""
         for name in ("tokens", "clipped", "entropy", "divergence", "dropped", "mismatch", "compared"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.mismatch_most = max(self.mismatch_most, other.mismatch_most)
-        self.norm = max(self.norm, other.norm)
+        self.norm = max(self.norm, other.norm) if math.isfinite(other.norm) else other.norm
 
 
 def score(model: Transformer, batch: Batch, temperature: float, autocast: Autocast, replay: bool) -> Scores:
@@ -103,7 +105,8 @@ class Updater:
                 self._gradient(batch, mask, totals, figures, first)
         if totals.tokens:
             figures.norm = clip_(self.params, c.clip)
-            if figures.norm == figures.norm and figures.norm != float("inf"):
+            figures.skipped = not math.isfinite(figures.norm)
+            if not figures.skipped:
                 self.optimizer.step(share)
         self.model.zero_grad(set_to_none=True)
         return figures

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rorqual.train.metrics import View
-from rorqual.train.view import duration, sparkline
+from rorqual.train.view import duration, echo, sparkline
 
 
 def view(title: str) -> View:
@@ -25,12 +25,12 @@ class Lines:
     def update(self, line: Mapping[str, Any]) -> None:
         if time.monotonic() >= self._next or "accuracy" in line:
             self._next = time.monotonic() + self.every
-            print(summary(line), flush=True)
+            echo(summary(line))
             for sample in line.get("samples", ())[:1]:
-                print(f"    {one_line(sample)}", flush=True)
+                echo(f"    {one_line(sample)}")
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        echo(text)
 
     def close(self) -> None:
         pass
@@ -79,12 +79,15 @@ class Live:
         from rich.text import Text
 
         line, width = self._line, max(20, min(self._console.width, 110) - 40)
+        skipped = f", {line['skipped']} updates skipped" if line.get("skipped") else ""
         table = Table(box=None, show_header=False, padding=(0, 1), expand=True)
         table.add_column(style="dim", width=24)
         table.add_column(width=12, justify="right", style="bold")
         table.add_column(ratio=1, no_wrap=True)
         table.add_row(
-            "step", f"{line['step']:,}", Text(f"{line['phase']}, {duration(line['seconds'])}", style="dim")
+            "step",
+            f"{line['step']:,}",
+            Text(f"{line['phase']}, {duration(line['seconds'])}{skipped}", style="dim"),
         )
         for key, name, form in self.ROWS:
             if self._curves[key]:
@@ -113,6 +116,8 @@ def summary(line: Mapping[str, Any]) -> str:
         parts.append(f"entropy {line['entropy']:.2f}")
         parts.append(f"mismatch {line['mismatch']:.0e}")
         parts.append(f"{line['rollouts_per_second']:,.0f} rollouts/s")
+    if line.get("skipped"):
+        parts.append(f"{line['skipped']} updates skipped")
     if line.get("grader_failed"):
         parts.append(f"grader failed on {line['grader_failed']:.1%}")
     if "accuracy" in line:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,21 +58,25 @@ class Teacher:
             rows.append((prompt + answer, len(prompt)))
         return as_lesson(rows, cold.whole)
 
-    def step(self, model: Transformer, opt: Optimizer, step: int, autocast: Autocast) -> float:
-        """One supervised step, number `step` from 0; returns its loss."""
+    def step(self, model: Transformer, opt: Optimizer, step: int, autocast: Autocast) -> tuple[float, bool]:
+        """One supervised step, number `step` from 0; returns its loss, and whether it was skipped as not finite."""
         cold = self.config.cold_start
         lesson = self.lesson()
         model.train()
         with autocast():
             loss, routing = objective(model, lesson, float(lesson.weights.sum()))
         loss.total.backward()
-        clip_([p for p in model.parameters() if p.requires_grad], 1.0)
-        opt.step(min(1.0, (step + 1) / max(cold.warmup, 1)))
+        norm = clip_([p for p in model.parameters() if p.requires_grad], 1.0)
+        skipped = not math.isfinite(norm + float(loss.language))
+        if not skipped:
+            opt.step(min(1.0, (step + 1) / max(cold.warmup, 1)))
         model.zero_grad(set_to_none=True)
+        if skipped:
+            return float(loss.language), True
         for layer, router in model.routers():
             if router.e_score_correction_bias is not None and routing is not None and layer in routing.load:
                 update_selection_bias(router.e_score_correction_bias, routing.load[layer], Optim.bias_speed)
-        return float(loss.language)
+        return float(loss.language), False
 
 
 def as_lesson(rows: Sequence[tuple[list[int], int]], whole: bool) -> Lesson:
