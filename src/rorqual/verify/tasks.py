@@ -28,7 +28,7 @@ Split = Literal["train", "held_out"]
 
 HELD_OUT_SHARE = 0.1  # of a family's problems; the rest is for training
 DRAWS = 2000  # tries to find a problem of a split before the family is called too small
-REPEATS = 5  # times as many repeats in a row as there are problems: all were seen (of equal ones 1 in 150 is missed)
+REPEATS = 20  # times as many repeats in a row as there are problems: all were seen, rare ones too
 
 
 @dataclass(frozen=True)
