@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rorqual.checkpoint.tensors import TensorFile
+from rorqual.errors import CheckpointError
+
 Break = Callable[[Path], Path | None]
 
 
@@ -193,3 +196,16 @@ def test_v2_lite_is_described_and_refused(
     out = capsys.readouterr().out
     assert "31.4 GB in bfloat16, 24.0 GB available" in out
     assert "refuse to load" in out
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ['{"dtype":"F32","shape":4,"data_offsets":[0,16]}', '{"dtype":["F32"],"shape":[4],"data_offsets":[0,16]}',
+     '{"dtype":"F32","shape":[true,4],"data_offsets":[0,16]}', "[" * 100_000 + "]" * 100_000],
+    ids=["shape", "dtype", "truth", "deep"],
+)  # fmt: skip
+def test_a_header_of_other_kinds_is_refused(tmp_path: Path, entry: str) -> None:
+    header = f'{{"a":{entry}}}'.encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: "):
+        TensorFile(tmp_path / "x.safetensors")

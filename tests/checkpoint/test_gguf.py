@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import gguf as package
 import numpy as np
@@ -349,3 +350,58 @@ def test_a_file_too_large_to_pack_runs_wide_and_says_so(
         model = load_any(path).model
     assert next(model.parameters()).dtype == torch.bfloat16
     assert "runs in bfloat16" in caplog.text
+
+
+def other(monkeypatch: pytest.MonkeyPatch, path: Path, **methods: Any) -> Path:
+    """A file whose writer was told something else."""
+    changed = type("Changed", (package.GGUFWriter,), methods)
+    monkeypatch.setattr(package, "GGUFWriter", changed)
+    write(path, Transformer(dense("LlamaForCausalLM")).init_weights(0), "llama")
+    return path
+
+
+def skipped(*_: Any) -> None: ...
+
+
+W = package.GGUFWriter
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"add_token_merges": skipped}, "tokenizer.ggml.merges is missing"),
+        ({"add_token_list": skipped}, "tokenizer.ggml.tokens is missing"),
+        ({"add_eos_token_id": lambda w, _: W.add_eos_token_id(w, 5000)}, "eos_token_id=5000"),
+        ({"add_head_count_kv": lambda w, _: W.add_head_count_kv(w, [2, 2])}, "differ from layer to layer"),
+        ({"add_key_length": lambda w, n: (W.add_key_length(w, n), W.add_rope_dimension_count(w, n // 2))},
+         "rope.dimension_count=32"),
+        ({"add_rope_freq_base": lambda w, x: (
+            W.add_rope_scaling_type(w, package.RopeScalingType.YARN), W.add_rope_scaling_factor(w, 4.0),
+            W.add_rope_scaling_orig_ctx_len(w, 64), W.add_rope_scaling_attn_factors(w, 2.5))}, "attn_factor=2.5"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)  # fmt: skip
+def test_metadata_that_is_missing_or_not_computed_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, methods: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        rorqual.load(other(monkeypatch, tmp_path / "m.gguf", **methods))
+
+
+def test_bounds_of_yarn_and_the_begin_of_llamas_texts_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stretched(w: Any, _: float) -> None:
+        W.add_rope_scaling_type(w, package.RopeScalingType.YARN)
+        W.add_rope_scaling_factor(w, 4.0)
+        W.add_rope_scaling_orig_ctx_len(w, 64)
+        W.add_rope_scaling_yarn_beta_fast(w, 8.0)
+
+    path = other(
+        monkeypatch, tmp_path / "m.gguf", add_rope_freq_base=stretched,
+        add_tokenizer_pre=lambda w, _: W.add_tokenizer_pre(w, "llama-bpe"),
+    )  # fmt: skip
+    assert gguf.config(gguf.GGUF(path)).rope.beta_fast == 8.0
+    tokenizer = rorqual.load(path).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.encode("ab")[0] == 0

@@ -103,3 +103,40 @@ def test_first_dense_layers() -> None:
     v3 = published("deepseek-v3")
     assert [v3.is_moe(i) for i in range(5)] == [False, False, False, True, True]
     assert [published("glm-4.7-flash").is_moe(i) for i in (0, 1, 46)] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "16"}, "hidden_size='16': must be int"),
+        ({"num_attention_heads": [1]}, "num_attention_heads="),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn': must be an object"),
+        ({"rope_parameters": [1]}, r"rope_parameters=\[1\]: must be an object"),
+        ({"rope_theta": -1.0, "rope_scaling": None}, "rope rope_theta=-1.0: must be above 0"),
+        ({"n_shared_experts": -1}, "n_shared_experts=-1"),
+        ({"moe_layer_freq": 0}, "moe_layer_freq=0"),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(changed("deepseek-v3", **changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("linear", "factor", 0),
+        ("yarn", "beta_fast", 0),
+        ("yarn", "beta_slow", -1.0),
+        ("yarn", "original_max_position_embeddings", 0),
+        ("yarn", "rope_theta", 1),
+        ("llama3", "low_freq_factor", 4.0),
+        ("llama3", "high_freq_factor", 0),
+        ("default", "rope_theta", float("inf")),
+    ],
+)
+def test_a_rope_without_frequencies_is_refused(kind: str, key: str, value: float) -> None:
+    rope = {"rope_type": kind, "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 500.0}
+    with pytest.raises(ConfigError, match="rope (high_freq_factor|" + key + ")="):
+        ModelConfig.from_hf(changed("deepseek-v3", rope_scaling=None, rope_parameters=rope | {key: value}))

@@ -91,15 +91,20 @@ def inspect(argv: Sequence[str]) -> int:
 
 def convert(argv: Sequence[str]) -> int:
     options = tyro.cli(ConvertOptions, args=list(argv), prog="rorqual convert")
+    from rorqual.checkpoint.bill import read_any_config
     from rorqual.checkpoint.convert import convert as write
-    from rorqual.checkpoint.serving import write_ray_serve
+    from rorqual.checkpoint.files import write_whole
+    from rorqual.checkpoint.serving import ray_serve
 
     if options.ray_serve is None and (options.replicas, options.tensor_parallel) != (1, 1):
         raise ConfigError("--replicas, --tensor-parallel: are for --ray-serve")
+    if options.ray_serve is not None:  # what cannot be is told before the work
+        found = read_any_config(str(options.source))
+        text = ray_serve(options.out, found, options.replicas, options.tensor_parallel)
     config = write(options.source, options.out, options.dtype, options.drop_mtp)
     print(f"{options.out}: {config.architecture}, {options.dtype}")
     if options.ray_serve is not None:
-        write_ray_serve(options.ray_serve, options.out, config, options.replicas, options.tensor_parallel)
+        write_whole(options.ray_serve, text)
         print(f"serve it on a Ray cluster: serve run {options.ray_serve}")
     return 0
 

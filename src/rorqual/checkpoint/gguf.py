@@ -84,18 +84,27 @@ class GGUF:
 
     def texts(self, key: str) -> list[str]:
         """A list of texts, such as the vocabulary, faster than the package's own accessor."""
-        field = self._reader.fields[key]
+        field = self._listed(key)
         return [bytes(field.parts[i]).decode("utf-8", errors="surrogateescape") for i in field.data]
+
+    def _listed(self, key: str) -> Any:
+        self.value(key)
+        return self._reader.fields[key]
 
     def numbers(self, key: str) -> list[int]:
         """A list of whole numbers."""
-        field = self._reader.fields[key]
+        field = self._listed(key)
         return [int(field.parts[i][0]) for i in field.data]
 
 
 def config(file: GGUF) -> ModelConfig:
     """The config that a file's metadata describes."""
-    heads = file.size("attention.head_count")
+    heads, kv_heads = (file.size(f"attention.head_count{x}", y) for x, y in (("", None), ("_kv", 0)))
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        raise CheckpointError(
+            f"{file.path.resolve()}: attention.head_count={heads}, head_count_kv={kv_heads}: heads that differ from "
+            "layer to layer are not read"
+        )
     common: dict[str, Any] = {
         "architecture": ARCHITECTURES[file.architecture],
         "vocab_size": int(file.tensors["token_embd.weight"].shape[1]),
@@ -103,7 +112,7 @@ def config(file: GGUF) -> ModelConfig:
         "intermediate_size": file.size("feed_forward_length"),
         "num_hidden_layers": file.size("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": file.size("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads or heads,
         "max_position_embeddings": file.size("context_length"),
         "rms_norm_eps": round(float(file.size("attention.layer_norm_rms_epsilon")), 12),
         "rope": _rope(file),
@@ -116,6 +125,11 @@ def config(file: GGUF) -> ModelConfig:
     if file.architecture == "deepseek2":
         return ModelConfig(**{**common, **_deepseek(file, heads)})
     head_dim = file.size("attention.key_length", common["hidden_size"] // heads)
+    if file.size("rope.dimension_count", head_dim) != head_dim:
+        raise CheckpointError(
+            f"{file.path.resolve()}: rope.dimension_count={file.size('rope.dimension_count')}: heads of {head_dim} that "
+            "are rotated in part are not read"
+        )
     extra: dict[str, Any] = {"qwen2": {"qkv_bias": True}, "qwen3": {"qk_norm": True}}.get(
         file.architecture, {}
     )
@@ -140,6 +154,11 @@ def _rope(file: GGUF) -> RopeConfig:
         raise CheckpointError(
             f"{file.path.resolve()}: rope scaling {kind!r} is not read; known: none, linear, yarn"
         )
+    for key, neutral in (("attn_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_ext_factor", 1.0)):
+        if float(file.size(f"rope.scaling.{key}", neutral)) not in (neutral, -1.0):
+            raise CheckpointError(
+                f"{file.path.resolve()}: rope.scaling.{key}={file.size(f'rope.scaling.{key}')}: not read"
+            )
     original = int(file.size("rope.scaling.original_context_length"))
     # stored as 0.1 * mscale_all_dim
     weight = float(file.size("rope.scaling.yarn_log_multiplier", 0.0)) * 10
@@ -149,6 +168,8 @@ def _rope(file: GGUF) -> RopeConfig:
         rope_type="yarn",
         factor=factor,
         original_max_position_embeddings=original,
+        beta_fast=float(file.size("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=float(file.size("rope.scaling.yarn_beta_slow", 1.0)),
         mscale=weight or None,
         mscale_all_dim=weight or None,
     )
@@ -361,8 +382,14 @@ def tokenizer_files(file: GGUF) -> dict[str, str]:
     special: dict[str, Any] = {}
     for name, key in (("bos", "bos_token"), ("eos", "eos_token"), ("padding", "pad_token")):
         if file.has(f"tokenizer.ggml.{name}_token_id"):
-            special[key] = tokens[int(file.value(f"tokenizer.ggml.{name}_token_id"))]
-    special["add_bos_token"] = bool(file.value("tokenizer.ggml.add_bos_token", False))
+            number = int(file.value(f"tokenizer.ggml.{name}_token_id"))
+            if not 0 <= number < len(tokens):
+                raise CheckpointError(
+                    f"{file.path.resolve()}: tokenizer.ggml.{name}_token_id={number}: the file has {len(tokens)} tokens"
+                )
+            special[key] = tokens[number]
+    # Where a file does not say, llama.cpp begins texts with BOS for this one of the pre-tokenizers that are read here.
+    special["add_bos_token"] = bool(file.value("tokenizer.ggml.add_bos_token", pre == "llama-bpe"))
     special["tokenizer_class"] = "PreTrainedTokenizerFast"
     special["clean_up_tokenization_spaces"] = False
     files = {

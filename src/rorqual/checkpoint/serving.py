@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rorqual.checkpoint.files import write_whole
 from rorqual.errors import ConfigError
 from rorqual.model.config import ModelConfig
 
 
-def write_ray_serve(path: Path, model: Path, config: ModelConfig, replicas: int, tensor: int) -> None:
-    """Write the file for a model folder; JSON, which is YAML. Raises ConfigError where the heads do not divide."""
+def ray_serve(model: Path, config: ModelConfig, replicas: int, tensor: int) -> str:
+    """The file for a model folder; JSON, which is YAML. Raises ConfigError where the heads do not divide."""
     if replicas < 1 or tensor < 1:
         raise ConfigError(f"replicas={replicas}, tensor_parallel={tensor}: both must be 1 or more")
     if config.num_attention_heads % tensor:
@@ -36,4 +35,4 @@ def write_ray_serve(path: Path, model: Path, config: ModelConfig, replicas: int,
         "name": "rorqual", "route_prefix": "/", "import_path": "ray.serve.llm:build_openai_app",
         "args": {"llm_configs": [llm]},
     }  # fmt: skip
-    write_whole(path, json.dumps({"applications": [application]}, indent=1) + "\n")
+    return json.dumps({"applications": [application]}, indent=1) + "\n"

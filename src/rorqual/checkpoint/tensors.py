@@ -117,7 +117,7 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         text = file.read(length)
     try:
         tree = json.loads(text)
-    except (UnicodeDecodeError, ValueError) as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: the header is not JSON ({e}); the file is damaged") from e
     if not isinstance(tree, dict):
         raise CheckpointError(f"{path}: the header is not an object; the file is damaged")
@@ -135,11 +135,13 @@ def _entry(path: Path, name: str, value: Any, base: int, size: int) -> Entry:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (TypeError, KeyError, ValueError) as e:
         raise bad("entry without dtype, shape and data_offsets") from e
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise bad(f"dtype {dtype!r} and shape {shape!r} must be a name and a list")
     if dtype not in DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name}: dtype {dtype!r} is not supported; known: {', '.join(DTYPES)}"
         )
-    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise bad("shape and offsets must be whole numbers")
     count = 1
     for n in shape:

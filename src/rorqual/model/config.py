@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from rorqual.errors import ConfigError
@@ -33,6 +34,26 @@ class RopeConfig:
     attention_factor: float | None = None
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what gives no frequencies."""
+        stretched = self.rope_type != "default"
+        bounds = {"yarn": ("beta_fast", "beta_slow"), "llama3": ("low_freq_factor", "high_freq_factor")}
+        positive = ("rope_theta", *(("factor",) if stretched else ()), *bounds.get(self.rope_type, ()))
+        if self.rope_type in bounds:
+            positive += ("original_max_position_embeddings",)
+        for name in positive:
+            value = getattr(self, name)
+            if value is None or not 0 < value < inf:
+                raise ConfigError(
+                    f"rope {name}={value!r}: must be above 0 and finite under {self.rope_type!r}"
+                )
+        if self.rope_type == "yarn" and self.rope_theta == 1:
+            raise ConfigError("rope rope_theta=1: must not be 1 under 'yarn'")
+        if self.rope_type == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            raise ConfigError(
+                f"rope high_freq_factor={self.high_freq_factor!r}: must differ from low_freq_factor under 'llama3'"
+            )
 
 
 @dataclass(frozen=True)
@@ -188,7 +209,9 @@ def _check(c: ModelConfig) -> None:
         "num_key_value_heads",
         f"must divide num_attention_heads={c.num_attention_heads}",
     )
-    need(c.num_nextn_predict_layers >= 0, "num_nextn_predict_layers", "must be 0 or more")
+    for name in ("num_nextn_predict_layers", "n_shared_experts"):
+        need(getattr(c, name) >= 0, name, "must be 0 or more")
+    need(c.moe_layer_freq >= 1, "moe_layer_freq", "must be 1 or more")
     need(c.logit_softcap is None or c.logit_softcap > 0, "logit_softcap", "must be above 0, or null")
     for name in ("ngram_table_size", "triple_table_size", "induction"):
         need(getattr(c, name) >= 0, name, "must be 0 (off) or more")

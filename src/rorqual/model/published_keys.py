@@ -56,6 +56,7 @@ def read(tree: dict[str, Any]) -> ModelConfig:
         if key in names:
             if value is not None:
                 known[key] = tuple(value) if isinstance(value, list) else value
+                _check_type(key, known[key])
         elif key not in _HARMLESS and not _neutral(architecture, key, value, tree):
             raise ConfigError(
                 f"config.json {key}={value!r}: not a key that {architecture} is known to read, so it may "
@@ -145,8 +146,12 @@ def _deepseek_defaults(architecture: str, known: dict[str, Any], tree: Mapping[s
 def _read_rope(tree: Mapping[str, Any]) -> RopeConfig:
     """Old files: rope_theta beside rope_scaling{type}; transformers 5: rope_parameters{rope_type,
     rope_theta}."""
-    scaling = dict(tree.get("rope_scaling") or {})
-    scaling.update(tree.get("rope_parameters") or {})
+    scaling: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        found = tree.get(key)
+        if not isinstance(found, Mapping | None):
+            raise ConfigError(f"config.json {key}={found!r}: must be an object or null")
+        scaling |= found or {}
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     scaling.pop("type", None)
     scaling.setdefault("rope_theta", tree.get("rope_theta") or 10000.0)
