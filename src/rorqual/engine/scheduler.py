@@ -206,9 +206,8 @@ class Scheduler:
         wanted = (len(sequence.tokens) - 1) // size
         if not self.config.prefix_cache or sequence.request.params.prompt_logprobs is not None:
             wanted = 0
-        if (
-            self.config.batch_invariant
-        ):  # what it said itself, others may have computed as their prompt, in chunks
+        if self.config.batch_invariant:
+            # What it said itself, others may have computed as their prompt, in chunks.
             wanted = min(wanted, sequence.prompt_len // self.config.chunk * self.config.chunk // size)
         self._name(sequence, wanted)
         for index in range(wanted):

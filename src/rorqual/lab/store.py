@@ -377,9 +377,7 @@ class Store:
                 "SELECT COALESCE(MAX(step), 0) FROM attempts WHERE trial=? AND id<?", (trial.id, attempt.id)
             ).fetchone()[0]
             further = ended.step > before
-            left = ended.code == 75 and (
-                asked or further
-            )  # asked by us or, with something done, from outside
+            left = ended.code == 75 and (asked or further)  # by us or, with something done, from outside
             if left or (asked and ended.code is None) or ended.excuse:
                 db.execute("UPDATE trials SET state='waiting' WHERE id=?", (trial.id,))
                 why = ended.excuse or asked or "asked from outside"
