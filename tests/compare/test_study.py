@@ -79,6 +79,7 @@ def test_the_sweep_goes_on_while_the_best_rate_lies_at_an_end() -> None:
     tuned, runs = study(Law(1, best=0.64)).sweep()
     assert {t.budget.lr for t in runs} == {0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28}
     assert dict(tuned.baseline.more)["optim.lr"] == tuned.budget.lr == 0.64
+    assert study(Law(1, best=0.64)).sweep(rounds=1)[0].budget.lr < 0.64
     tuned, runs = study(Law(1)).sweep()
     assert dict(tuned.baseline.more) == {"optim.lr": 0.02, "optim.embedding_lr": 0.2, "optim.head_lr": 0.2}
     assert len(runs) == 7  # the middle, and two beside it of each

@@ -222,6 +222,7 @@ class ScalingOptions:
     steps: int = 500  # of the smallest rung; more with the square of the width
     fraction: float = 4.0  # the recipe's runs for the fit have 1/fraction of the baseline's steps
     seeds: int = 2
+    rounds: int = 0  # of the search for the baseline's rates and depth; 0: until one changes nothing
     workers: int = 0
 
 
@@ -229,6 +230,10 @@ def scaling(argv: Sequence[str]) -> int:
     options = tyro.cli(ScalingOptions, args=list(argv), prog="rorqual scaling")
     if options.rungs < 3:
         raise ConfigError(f"--rungs {options.rungs}: must be 3 or more: two for the line and one to judge it")
+    if options.rounds < 0:
+        raise ConfigError(
+            f"--rounds {options.rounds}: must be 1 or more, or 0 for as many as change something"
+        )
     if options.ratio <= 1:
         raise ConfigError(f"--ratio {options.ratio}: must be above 1")
     from rich.console import Console
@@ -262,7 +267,7 @@ def scaling(argv: Sequence[str]) -> int:
                 # Rates have more than one valley: the search begins at the better of the budget's and the rung below's.
                 begun = [rung, rung.like(found)] if found else [rung]
                 studies = [Study(b, Pools(built, options.out / "runs"), pool) for b in begun]
-                study, _ = min(studies, key=lambda s: s.beginning().loss).sweep()
+                study, _ = min(studies, key=lambda s: s.beginning().loss).sweep(options.rounds)
                 found = study.budget
                 say(f"width {rung.width}: the recipe against the baseline")
                 matches.append(study.match(RECIPE, study.baseline, options.seeds))
