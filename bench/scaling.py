@@ -1,6 +1,6 @@
 """How the recipe's factor moves with the size of the model: `rorqual scaling`, and its record.
 
-python bench/scaling.py --rungs 3 --seeds 3      # more options go to the command; runs that are there are not repeated
+python bench/scaling.py --rungs 4 --seeds 3 --rounds 2    # more options go to the command; runs that are there are kept
 """
 
 from __future__ import annotations
