@@ -24,7 +24,7 @@ ALLOWED = {
     "eval": {"engine", "model", "data", "verify", "checkpoint", "text"},
     "compare": {"train", "data", "checkpoint", "model", "text"},
     "server": {"engine", "text"},
-    "lab": {"train", "rl", "eval", "compare", "checkpoint"},
+    "lab": {"train", "rl", "eval", "compare", "checkpoint", "data"},
 }
 TOP = {"cli", "demo", "__init__", "__main__"}  # may use everything below
 ONLY_IN = {

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rorqual.cli import main
-from rorqual.errors import ConfigError, RunError
+from rorqual.errors import ConfigError, DataError, RunError
 from rorqual.lab.evidence import changes, effects
 from rorqual.lab.idea import Idea, submit
 from rorqual.lab.job import curve, seen
@@ -133,7 +133,7 @@ def test_who_is_measured_on_another_text_does_not_compete(token_set: Path, tmp_p
     assert studies[0] == studies[1]
     assert len({studies[0], studies[2], fewer}) == 3
     (other / "meta.json").write_text("{}")
-    with pytest.raises(ConfigError, match="json is damaged"):
+    with pytest.raises(DataError, match="json: damaged"):
         submit(store, Idea(data=(other,), steps=9))
 
 

@@ -91,10 +91,7 @@ class TokenSet:
         self.vocab_size = int(meta["vocab_size"])
         dtype = np.dtype(meta["dtype"])
         self.bytes = sum(s["bytes"] for s in meta["splits"][split])
-        sums = " ".join(s["sha256"] for s in meta["splits"][split])
-        self.fingerprint = hashlib.sha256(sums.encode()).hexdigest()[
-            :16
-        ]  # of the ids, whatever the folder's name
+        self.fingerprint = fingerprint(meta, split)
         self._ids: list[NDArray[Any]] = []
         self._starts: list[NDArray[np.uint64]] = []
         for shard in meta["splits"][split]:
@@ -137,6 +134,12 @@ def _starts(path: Path, shard: dict[str, Any]) -> NDArray[np.uint64]:
             f"{path.resolve()}: damaged (not the bounds of {shard['documents']} documents); build the set again"
         )
     return starts
+
+
+def fingerprint(meta: dict[str, Any], split: str) -> str:
+    """What a split's ids are known by, whatever their folder is called: a hash of its shards' checksums."""
+    sums = " ".join(shard["sha256"] for shard in meta["splits"][split])
+    return hashlib.sha256(sums.encode()).hexdigest()[:16]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

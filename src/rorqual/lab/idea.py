@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.config import from_dict, put, read_tree, to_dict
+from rorqual.data.shards import fingerprint, read_meta
 from rorqual.errors import ConfigError
 from rorqual.lab.records import Study, Trial
 from rorqual.lab.rungs import Ladder
@@ -41,9 +42,7 @@ class Idea:
     name: str | None = None  # the settings, by default
     who: str | None = None  # the user, by default
     priority: str = "normal"
-    study: str | None = (
-        None  # by default, by steps, measure and held-out text: what is measured alike competes
-    )
+    study: str | None = None  # by default, by steps, measure and held-out text: what is measured alike
     steps: int | None = None  # of the last rung; the config's, by default
     eta: int = 3
     rungs: int = 3
@@ -52,7 +51,7 @@ class Idea:
 
 
 def submit(store: Store, idea: Idea) -> Trial:
-    """Put an idea in. Raises ConfigError for what cannot be."""
+    """Put an idea in. Raises ConfigError for what cannot be, DataError for a set that is none."""
     return submit_all(store, [idea])[0]
 
 
@@ -79,14 +78,8 @@ def _study(store: Store, idea: Idea, kind: str, spec: Mapping[str, Any], ladder:
 
 def _held_out(config: Mapping[str, Any]) -> str:
     """The text that a run of `rorqual train` is measured on, by the checksums of its shards."""
-    digest = hashlib.sha256()
-    for folder in config["data"]:
-        try:
-            meta = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
-            digest.update("".join(shard["sha256"] for shard in meta["splits"]["heldout"]).encode())
-        except (ValueError, KeyError, TypeError) as e:
-            raise ConfigError(f"--data {folder}: meta.json is damaged ({e}); build the set again") from e
-    return f"{config['eval_rows']} rows of {digest.hexdigest()[:8]}"
+    sets = [fingerprint(read_meta(Path(folder)), "heldout") for folder in config["data"]]
+    return f"{config['eval_rows']} rows of {hashlib.sha256(' '.join(sets).encode()).hexdigest()[:8]}"
 
 
 def me() -> str:

@@ -200,9 +200,7 @@ class _Writer:
         data = self.run.turn.model.tokenizer.token_bytes(token_id)
         if token_id in self._special and not (self._said(index) or "").startswith(data.decode(), at):
             return at
-        starts = [
-            byte & 0xC0 != 0x80 for byte in data
-        ]  # of characters: UTF-8 marks the bytes that go on with one
+        starts = [byte & 0xC0 != 0x80 for byte in data]  # of characters: UTF-8 marks the bytes that go on
         self._offset[index] += sum(starts)
         return at if not data or starts[0] else at - 1
 

@@ -74,16 +74,8 @@ DROPPED = re.compile(
     r"\\(?:left|right|displaystyle|,|!|;|:|quad|qquad| |limits)|\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}"
     r"|\^\s*\\circ|\^\s*\{\s*\\circ\s*\}|\\degree|\\\$|\$"
 )
-MORE_GREEK = [
-    "zeta",
-    "eta",
-    "iota",
-    "kappa",
-    "xi",
-    "upsilon",
-    "chi",
-    "psi",
-]  # with a backslash; else xi is x times i
+# With a backslash only; else xi is x times i.
+MORE_GREEK = frozenset({"zeta", "eta", "iota", "kappa", "xi", "upsilon", "chi", "psi"})
 TOKEN = re.compile(r"\s*(?:([0-9]+(?:\.[0-9]+)?|\.[0-9]+)|(\\?[A-Za-z]+)|(\*\*|[-+*/^!()\[\],=|_%]|\\?[{}]))")
 
 
